@@ -1,0 +1,79 @@
+"""Removing whole decoder blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from suite.calibration import Calibration
+from suite.errors import InputError
+from suite.method import Method, MethodConfig, Plan, Target, refuse_above, register
+from suite.models.anatomy import Anatomy, drop_blocks
+
+Pattern = Literal["max-gap", "input", "output", "middle", "both"]
+
+
+class LayerChopConfig(MethodConfig):
+    """`pattern`: where blocks go; `remove`: how many, solved for the budget when not given."""
+
+    pattern: Pattern = "max-gap"
+    remove: int | None = Field(default=None, ge=0)
+
+
+@register
+class LayerChop(Method[LayerChopConfig]):
+    """Remove k blocks at once in a fixed pattern; the first and the last block always stay.
+
+    Patterns (0-based, over L blocks): `input` 1..k, `output` L−1−k..L−2, `middle` centred, `both`
+    half at each end, `max-gap` evenly spread. Without the paper's continued pretraining.
+    """
+
+    name = "layerchop"
+    family = "layer pruning"
+    source = "Jha et al., Just CHOP: Embarrassingly Simple LLM Compression (arXiv 2305.14864, section 3)"
+    Config = LayerChopConfig
+
+    def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
+        blocks = anatomy.n_blocks
+        count = blocks_to_remove(anatomy, target, self.config.remove, self.name)
+        drop = chop(self.config.pattern, blocks, count)
+        return Plan(knobs={"pattern": self.config.pattern, "remove": count, "blocks": list(drop)}, drop=drop)
+
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
+        drop_blocks(model, plan.drop)
+
+
+def blocks_to_remove(anatomy: Anatomy, target: Target | None, given: int | None, name: str) -> int:
+    """The fewest blocks whose removal meets the target; two must stay.
+
+    Raises:
+        ImpossibleBudget: not even two blocks fit. InputError: `given` leaves fewer than two.
+    """
+    most = max(anatomy.n_blocks - 2, 0)
+    if given is not None and given > most:
+        raise InputError(f"{name}(remove={given}): at most {most} of {anatomy.n_blocks} blocks can go.")
+    if given is not None or target is None:
+        return given or 0
+    refuse_above(anatomy.after(range(1, 1 + most)), target, f"{name} (two blocks must stay)")
+    return next(k for k in range(most + 1) if target.fits(anatomy.after(range(1, 1 + k))))
+
+
+def chop(pattern: Pattern, blocks: int, count: int) -> tuple[int, ...]:
+    """Indices of the `count` blocks that `pattern` removes from `blocks`, ends excluded."""
+    inner = list(range(1, blocks - 1))
+    first = len(inner) - count
+    match pattern:
+        case "input":
+            chosen = inner[:count]
+        case "output":
+            chosen = inner[first:]
+        case "middle":
+            chosen = inner[first // 2 : first // 2 + count]
+        case "both":
+            head = (count + 1) // 2
+            chosen = inner[:head] + inner[len(inner) - (count - head) :]
+        case "max-gap":
+            chosen = [inner[int((j + 0.5) * len(inner) / count)] for j in range(count)]
+    return tuple(chosen)

@@ -1,0 +1,325 @@
+"""Leaderboard tables from records alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from suite.records import Measurements, Record
+from suite.specs import digest_of
+
+Row = dict[str, Any]
+_Z95 = 1.959963984540054
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One flat row per record, in the order of the board: dense first, then by budget and accuracy."""
+    dense = {
+        _conditions(record): record.measurements
+        for record in records
+        if record.spec.recipe == "dense" and record.measurements
+    }
+    result = [_row(record, dense.get(_conditions(record))) for record in records]
+    return sorted(result, key=_order)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one model under one protocol and one budget, with the dense row on top."""
+
+    title: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Group rows that may be compared: equal model, protocol, calibration, limit, device and budget."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    references: dict[str, Row] = {}
+    for row in rows(records):
+        if row["recipe"] == "dense":
+            references.setdefault(row["conditions"], row)
+            continue
+        label = "unbudgeted" if row["budget_metric"] == "none" else row["budget"]
+        groups.setdefault((row["conditions"], label), []).append(row)
+    for conditions in references:
+        if not any(key[0] == conditions for key in groups):
+            groups[(conditions, "none")] = []
+    result = []
+    for (conditions, label), members in groups.items():
+        reference = references.get(conditions)
+        every = ([reference] if reference else []) + members
+        first = every[0]
+        title = f"{first['model']} · {first['protocol']}" + ("" if label == "none" else f" · {label}")
+        result.append(Table(title, tuple(every), _notes(every, reference is not None)))
+    return result
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """All tables as GitHub Markdown."""
+    return "\n\n".join(_table_text(table, "github", f"## {table.title}") for table in tables(records)) + "\n"
+
+
+def terminal(records: Sequence[Record]) -> str:
+    """All tables for a terminal."""
+    return "\n\n".join(_table_text(table, "simple", table.title) for table in tables(records)) + "\n"
+
+
+def latex(records: Sequence[Record]) -> str:
+    """All tables as LaTeX (booktabs)."""
+    parts = []
+    for table in tables(records):
+        body = [[_plain(value) for value in line] for line in cells(table.rows)]
+        parts.append(f"% {table.title}\n" + tabulate(body, headers(table.rows), tablefmt="latex_booktabs"))
+    return "\n\n".join(parts) + "\n"
+
+
+def comma_separated(records: Sequence[Record]) -> str:
+    """All rows as CSV, one accuracy column per task."""
+    flat = []
+    for row in rows(records):
+        tasks = {f"accuracy_{name}": task["value"] for name, task in (row["tasks"] or {}).items()}
+        low, high = row["accuracy_ci"] or (None, None)
+        plain = {key: value for key, value in row.items() if key not in ("tasks", "accuracy_ci", "knobs")}
+        flat.append(plain | {"accuracy_low": low, "accuracy_high": high} | tasks)
+    return pd.DataFrame(flat).to_csv(index=False)
+
+
+def as_json(records: Sequence[Record]) -> str:
+    """All rows as a plain JSON list."""
+    return json.dumps([_finite(row) for row in rows(records)], indent=1, ensure_ascii=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "md": markdown,
+    "csv": comma_separated,
+    "json": as_json,
+    "tex": latex,
+    "text": terminal,
+}
+
+
+def _row(record: Record, dense: Measurements | None) -> Row:
+    spec, m, budget = record.spec, record.measurements, record.spec.budget
+    sizes = m.sizes if m else None
+    accuracy, interval = _mean_accuracy(m)
+    achieved = target = None
+    if budget.metric != "none":
+        base = record.dense.params if budget.metric == "params" else record.dense.bytes_disk
+        target = budget.value
+        count = (sizes.params if budget.metric == "params" else sizes.bytes_disk) if sizes else None
+        if count is not None:
+            achieved = count / base if budget.value <= 1 else float(count)
+    return {
+        "model": spec.model,
+        "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
+        "recipe": spec.recipe,
+        "budget_metric": budget.metric,
+        "budget_target": target,
+        "budget_achieved": achieved,
+        "params": sizes.params if sizes else None,
+        "params_ratio": sizes.params / record.dense.params if sizes else None,
+        "decoder_ratio": sizes.decoder_params / record.dense.decoder_params if sizes else None,
+        "bytes_disk": sizes.bytes_disk if sizes else None,
+        "bytes_resident": sizes.bytes_resident if sizes else None,
+        "bytes_nominal": sizes.bytes_nominal if sizes else None,
+        "peak_memory_bytes": m.memory.inference if m else None,
+        "prefill_tokens_per_s": m.prefill.tokens_per_s if m else None,
+        "decode_tokens_per_s": m.decode.tokens_per_s if m else None,
+        "train_tokens_per_s": m.training.tokens_per_s if m else None,
+        "perplexity": m.perplexity.perplexity if m else None,
+        "accuracy": accuracy,
+        "accuracy_ci": interval,
+        "tasks": {t.task: t.model_dump(exclude={"task"}) for t in m.tasks} if m else None,
+        "compress_seconds": record.compression.seconds if record.compression else None,
+        "status": record.status,
+        "reason": f"{record.failure.stage}: {record.failure.reason}" if record.failure else None,
+        "record": record.id,
+        "checkpoint": record.checkpoint,
+        # Beyond the required keys:
+        "budget": str(budget),
+        "unused": 1 - achieved / target if achieved is not None and target else None,
+        "bytes_ratio": sizes.bytes_disk / record.dense.bytes_disk if sizes else None,
+        "prefill_ratio": _ratio(m, dense, "prefill"),
+        "decode_ratio": _ratio(m, dense, "decode"),
+        "train_ratio": _ratio(m, dense, "training"),
+        "load_memory_bytes": m.memory.load if m else None,
+        "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
+        "knobs": record.knobs,
+        "protocol": _protocol_label(record),
+        "seed": spec.seed,
+        "device": record.conditions.get("device") or spec.device,
+        "note": record.model_note,
+        "conditions": _conditions(record),
+    }
+
+
+def _mean_accuracy(m: Measurements | None) -> tuple[float | None, tuple[float, float] | None]:
+    """Mean over tasks with its normal 95 % interval; the tasks' errors are independent."""
+    if m is None or not m.tasks:
+        return None, None
+    mean = sum(task.value for task in m.tasks) / len(m.tasks)
+    half = _Z95 * math.sqrt(sum(task.standard_error**2 for task in m.tasks)) / len(m.tasks)
+    return mean, (mean - half, mean + half)
+
+
+def _ratio(m: Measurements | None, dense: Measurements | None, name: str) -> float | None:
+    if m is None or dense is None:
+        return None
+    return float(getattr(m, name).tokens_per_s / getattr(dense, name).tokens_per_s)
+
+
+def _protocol_label(record: Record) -> str:
+    spec = record.spec
+    label = spec.protocol.name
+    if spec.limit is not None:
+        label += f" (partial: first {spec.limit} items a task)"
+    if spec.calibration != spec.protocol.calibration:
+        label += f" (calibration {spec.calibration})"
+    return label
+
+
+def _conditions(record: Record) -> str:
+    """Digest of what must be equal for two rows to share a table. Seeds may differ."""
+    spec = record.spec
+    return digest_of(
+        [spec.model, spec.model_digest, spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
+    )[:12]
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    metric = {"none": 0, "params": 1, "bytes": 2}[row["budget_metric"]]
+    status = {"ok": 0, "failed": 1, "not_applicable": 2}[row["status"]]
+    return (
+        row["model"],
+        row["protocol"],
+        row["conditions"],
+        row["recipe"] != "dense",
+        metric,
+        -(row["budget_target"] or 0),
+        status,
+        -(row["accuracy"] or 0),
+        row["recipe"],
+        row["seed"],
+    )
+
+
+_COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("recipe", lambda r: r["recipe"] + (f" (seed {r['seed']})" if r["seed"] else "")),
+    ("achieved", lambda r: _share(r["budget_achieved"])),
+    ("unused", lambda r: _percent(r["unused"])),
+    ("params M", lambda r: _number(r["params"], 1e6)),
+    ("κ", lambda r: _share(r["decoder_ratio"], 3)),
+    ("disk MB", lambda r: _number(r["bytes_disk"], 1e6)),
+    ("resident MB", lambda r: _number(r["bytes_resident"], 1e6)),
+    ("peak MB", lambda r: _number(r["peak_memory_bytes"], 1e6)),
+    ("prefill tok/s", lambda r: _speed(r, "prefill")),
+    ("decode tok/s", lambda r: _speed(r, "decode")),
+    ("train tok/s", lambda r: _speed(r, "train")),
+    ("perplexity", lambda r: _perplexity(r["perplexity"])),
+    ("accuracy", lambda r: _accuracy(r)),
+    ("compress s", lambda r: _number(r["compress_seconds"], 1)),
+]
+
+
+def _table_text(table: Table, style: str, title: str) -> str:
+    body = tabulate(cells(table.rows), headers(table.rows), tablefmt=style, disable_numparse=True)
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return f"{title}\n\n{body}\n\n{notes}"
+
+
+def headers(members: Sequence[Row]) -> list[str]:
+    """Column names of a table: the fixed ones, then one per task."""
+    return [name for name, _ in _COLUMNS] + _task_names(members)
+
+
+def cells(members: Sequence[Row]) -> list[list[str]]:
+    """The formatted cells of a table, line by line."""
+    names = _task_names(members)
+    lines = []
+    for row in members:
+        if row["status"] == "ok":
+            scores = [_percent((row["tasks"] or {}).get(name, {}).get("value")) for name in names]
+            lines.append([show(row) for _, show in _COLUMNS] + scores)
+        else:
+            word = "not applicable" if row["status"] == "not_applicable" else "failed"
+            lines.append([_COLUMNS[0][1](row), word] + [""] * (len(_COLUMNS) - 2 + len(names)))
+    return lines
+
+
+def _task_names(members: Sequence[Row]) -> list[str]:
+    names: dict[str, None] = {}
+    for row in members:
+        names |= dict.fromkeys(row["tasks"] or {})
+    return list(names)
+
+
+def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
+    notes = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
+    notes += sorted({row["note"] for row in members if row["note"]})
+    notes += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
+    notes.append(
+        "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
+        " parameters kept; peak: highest memory during inference above the empty process"
+    )
+    if has_dense:
+        notes.append("in brackets: ratio to dense, measured apart; peak and ratios carry the machine's noise")
+    return tuple(notes)
+
+
+def _share(value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if value <= 1.5 else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "" if value is None else f"{value / unit:,.1f}"
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _speed(row: Row, name: str) -> str:
+    value, ratio = row[f"{name}_tokens_per_s"], row[f"{name}_ratio"]
+    if value is None:
+        return ""
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return text if ratio is None or row["recipe"] == "dense" else f"{text} ({ratio:.2f}×)"
+
+
+def _accuracy(row: Row) -> str:
+    if row["accuracy"] is None:
+        return ""
+    low, high = row["accuracy_ci"]
+    return f"{100 * row['accuracy']:.1f} ± {50 * (high - low):.1f}"
+
+
+def _plain(text: str) -> str:
+    for symbol, word in {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$"}.items():
+        text = text.replace(symbol, word)
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

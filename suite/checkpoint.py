@@ -1,0 +1,112 @@
+"""Compressed checkpoints: the dense config plus a surgery list, in safetensors.
+
+The surgery list (module path -> registered type and arguments) is stored as `quantization_config`
+in `config.json`. Once `suite` is imported, plain `AutoModelForCausalLM.from_pretrained(folder)`
+rebuilds the modules on the meta device before the weights load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from suite.errors import InputError
+from suite.layers import ModuleSpec, spec_of
+from suite.measure.ledger import tensor_bytes
+from suite.models.load import forget_quantization
+
+QUANT_METHOD = "weighin"
+
+
+def surgery_of(model: nn.Module) -> dict[str, ModuleSpec]:
+    """The registered modules in a model, outer ones before the ones inside them."""
+    found = {path: spec_of(module) for path, module in model.named_modules()}
+    return {path: spec for path, spec in found.items() if spec is not None}
+
+
+def perform(model: PreTrainedModel, surgery: dict[str, ModuleSpec]) -> None:
+    """Put skeletons of the listed modules into a model whose weights are not loaded yet."""
+    for path, spec in surgery.items():
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise InputError(
+                f"the checkpoint's surgery list names '{path}', which this model lacks."
+            ) from None
+        model.set_submodule(path, spec.build(model.dtype))
+    for module in model.modules():
+        bind = getattr(module, "bind", None)
+        if callable(bind) and spec_of(module) is not None:
+            bind(model)
+
+
+@register_quantization_config(QUANT_METHOD)
+class SurgeryConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint."""
+
+    def __init__(self, surgery: dict[str, Any] | None = None, **_: Any):
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.surgery = surgery or {}
+
+    def specs(self) -> dict[str, ModuleSpec]:
+        """The surgery list, validated."""
+        return {path: ModuleSpec.model_validate(entry) for path, entry in self.surgery.items()}
+
+
+@register_quantizer(QUANT_METHOD)
+class SurgeryQuantizer(HfQuantizer):
+    """Rebuilds the modules of a compressed checkpoint before its weights load."""
+
+    quantization_config: SurgeryConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        perform(model, self.quantization_config.specs())
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a checkpoint that `reload` and plain `from_pretrained` read back bit for bit."""
+    surgery = surgery_of(model)
+    forget_quantization(model)
+    if surgery:
+        entries = {path: spec.model_dump(mode="json") for path, spec in surgery.items()}
+        model.config.quantization_config = SurgeryConfig(surgery=entries)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def reload(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint in its own dtype, in evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of tensor data in the checkpoint's safetensors files, headers left out."""
+    return tensor_bytes(sorted(folder.glob("*.safetensors")))
+
+
+def save_probe(file: Path, ids: Tensor, logits: Tensor) -> None:
+    """Keep the compressed model's logits on a few tokens, to be met again after the reload."""
+    save_file({"ids": ids.cpu(), "logits": logits.cpu().contiguous()}, file)
+
+
+def load_probe(file: Path) -> tuple[Tensor, Tensor]:
+    """The token ids and logits that `save_probe` kept."""
+    tensors = load_file(file)
+    return tensors["ids"], tensors["logits"]

@@ -1,0 +1,128 @@
+"""Texts and the data directory: offline copies of public data, laid out by task.
+
+The directory is given by `--data-dir` or the environment variable WEIGHIN_DATA_DIR; `weighin data
+pull` fills one from the hub. Without it, the same names load from the hub.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from suite.errors import InputError, nearest
+
+DATA_DIR_VARIABLE = "WEIGHIN_DATA_DIR"
+
+
+def data_directory(given: str | Path | None = None) -> Path | None:
+    """The data directory in force, or None for the hub.
+
+    Raises:
+        InputError: a directory is named that does not exist.
+    """
+    name = given or os.environ.get(DATA_DIR_VARIABLE)
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"data directory '{name}' does not exist (--data-dir or {DATA_DIR_VARIABLE}).")
+    return folder.resolve()
+
+
+def text(source: str, folder: Path | None = None) -> str:
+    """One long text by name, for calibration or perplexity.
+
+    Raises:
+        InputError: unknown name, or neither the data directory nor the hub has it.
+    """
+    loader = TEXTS.get(source)
+    if loader is None:
+        raise InputError(
+            f"no text is called '{source}'.{nearest(source, TEXTS)}  (There are: {', '.join(TEXTS)}.)"
+        )
+    return loader(folder)
+
+
+def _pydoc(part: str) -> str:
+    """CPython's language reference as shipped with every interpreter, split once by topic.
+
+    Every fifth topic in alphabetical order is held out for perplexity; topics of the same text
+    (aliases) stay on one side.
+    """
+    from pydoc_data.topics import topics
+
+    unique = sorted({hashlib.sha256(body.encode()).hexdigest(): body for body in topics.values()}.values())
+    held_out = [body for index, body in enumerate(unique) if index % 5 == 0]
+    rest = [body for index, body in enumerate(unique) if index % 5]
+    return "\n\n".join(held_out if part == "held-out" else rest)
+
+
+def _wikitext(split: str) -> Callable[[Path | None], str]:
+    def load(folder: Path | None) -> str:
+        if folder is None:
+            rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)
+            return "\n\n".join(row["text"] for row in rows)
+        path = _existing(folder / "wikitext2" / f"{split}.txt.gz")
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+        # The hub's rows keep their newline; blank lines become empty rows.
+        return "\n\n".join("" if line.strip() == "" else line for line in lines)
+
+    return load
+
+
+def _documents(name: str, hub: tuple[str, str | None], field: str = "text") -> Callable[[Path | None], str]:
+    def load(folder: Path | None) -> str:
+        if folder is None:
+            rows = hub_rows(hub[0], hub[1], "train", limit=2000)
+        else:
+            rows = read_jsonl(_existing(folder / name / "train.jsonl.gz"))
+        return "\n\n".join(row[field] for row in rows)
+
+    return load
+
+
+TEXTS: dict[str, Callable[[Path | None], str]] = {
+    "pydoc": lambda folder: _pydoc("rest"),
+    "pydoc-held-out": lambda folder: _pydoc("held-out"),
+    "wikitext2": _wikitext("train"),
+    "wikitext2-test": _wikitext("test"),
+    "c4": _documents("c4", ("allenai/c4", "en")),
+    "alpaca": _documents("alpaca", ("tatsu-lab/alpaca", None)),
+}
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"the data directory has no '{path.parent.name}/{path.name}' (expected {path}).")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, gzipped or not."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
+
+
+def hub_rows(name: str, config: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a dataset on the hub; at most `limit`, streamed, when given.
+
+    Raises:
+        InputError: the hub cannot be reached or has no such dataset.
+    """
+    import datasets
+
+    try:
+        if limit is None:
+            return list(datasets.load_dataset(name, config, split=split))
+        stream = datasets.load_dataset(name, config, split=split, streaming=True)
+        return list(stream.take(limit))
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise InputError(
+            f"dataset '{name}' could not be loaded from the hub ({type(error).__name__})."
+            f" Offline, name a data directory: --data-dir DIR or {DATA_DIR_VARIABLE}."
+        ) from None

@@ -1,0 +1,236 @@
+"""Zero-shot accuracy through lm-eval, with the outcome of every item.
+
+Embedded tasks come from `tasks/embedded/*.jsonl`; all others are lm-eval's own tasks, whose data
+alone is replaced by the data directory when one is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from suite.errors import InputError, nearest
+from suite.evaluate.items import rows_from_samples
+from suite.specs import Frozen, Protocol, TaskSpec
+
+EMBEDDED = Path(str(resources.files("tasks"))) / "embedded"
+
+# Task -> split that lm-eval scores -> file in the data directory.
+DATA_FILES: dict[str, dict[str, str]] = {
+    "arc_easy": {"test": "arc_easy/validation.jsonl"},
+    "arc_challenge": {"test": "arc_challenge/validation.jsonl"},
+    "openbookqa": {"test": "openbookqa/validation.jsonl"},
+    "lambada_openai": {"test": "lambada_openai/validation.jsonl"},
+    "gsm8k": {"test": "gsm8k/validation.jsonl", "train": "gsm8k/train.jsonl.gz"},
+    "mmlu": {"test": "mmlu/validation.jsonl", "dev": "mmlu/dev.jsonl"},
+    "piqa": {"validation": "piqa/validation.jsonl"},
+    "hellaswag": {"validation": "hellaswag/validation.jsonl"},
+    "winogrande": {"validation": "winogrande/validation.jsonl"},
+    "boolq": {"validation": "boolq/validation.jsonl"},
+    "triviaqa": {"validation": "triviaqa/validation.jsonl"},
+}
+
+
+class TaskResult(Frozen):
+    """Accuracy on one task: the mean of `metric` over `items` items, its standard error, and versions."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float
+    items: int
+    version: str
+    fewshot: int
+    chance: float | None = None
+
+
+def embedded_tasks() -> list[str]:
+    """Names of the tasks that ship with the suite."""
+    return sorted(path.stem for path in EMBEDDED.glob("*.jsonl"))
+
+
+def check_tasks(protocol: Protocol) -> None:
+    """Refuse a protocol that names a task nobody knows, before any model is loaded.
+
+    Raises:
+        InputError: with the nearest known name.
+    """
+    known = set(embedded_tasks()) | set(DATA_FILES)
+    unknown = [task.name for task in protocol.tasks if task.name not in known]
+    if unknown:
+        known |= set(_task_manager().all_tasks)
+    for name in unknown:
+        if name not in known:
+            raise InputError(
+                f"protocol '{protocol.name}': no task is called '{name}'.{nearest(name, known)}"
+                f"  (weighin tasks lists them; any lm-eval task can be named.)"
+            )
+
+
+def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
+    """lm-eval task objects by name; several for a group such as MMLU.
+
+    Raises:
+        InputError: the task's data is neither in the data directory nor on the hub.
+    """
+    known = {*embedded_tasks(), *DATA_FILES}
+    if name not in known and name not in _task_manager().all_tasks:
+        raise InputError(f"no task is called '{name}'.{nearest(name, known)}")
+    try:
+        return dict(_task_manager().load(_specifications(name, folder))["tasks"])
+    except InputError:
+        raise
+    except Exception as error:  # lm-eval fails in many ways on files that do not fit
+        lines = str(error).splitlines() or [""]
+        hint = "Offline, name a data directory with --data-dir." if folder is None else f"(From {folder}.)"
+        raise InputError(
+            f"the data of task '{name}' cannot be loaded ({type(error).__name__}: {lines[0]}). {hint}"
+        ) from None
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> tuple[list[TaskResult], list[dict[str, Any]]]:
+    """Score every task of the protocol; returns the results and one row per item."""
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
+    results, items = [], []
+    for index, spec in enumerate(protocol.tasks):
+        progress(spec.name, index, len(protocol.tasks))
+        result, rows = _score(harness, spec, folder, _smaller(limit, spec.limit))
+        results.append(result)
+        items += rows
+    return results, items
+
+
+def _score(
+    harness: Any, spec: TaskSpec, folder: Path | None, limit: int | None
+) -> tuple[TaskResult, list[dict[str, Any]]]:
+    from lm_eval.evaluator import simple_evaluate
+
+    tasks = load_tasks(spec.name, folder)
+    chosen = _first_items(tasks, limit)
+    if chosen is not None:
+        # lm-eval reads an empty list of samples as "all of them".
+        tasks = {name: task for name, task in tasks.items() if chosen[name]}
+        chosen = {name: chosen[name] for name in tasks}
+    output = simple_evaluate(
+        model=harness,
+        tasks=list(tasks.values()),
+        samples=chosen,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    rows: list[dict[str, Any]] = []
+    for name, samples in output["samples"].items():
+        kept = [sample for sample in samples if sample["filter"] == spec.filter]
+        if not kept:
+            filters = sorted({sample["filter"] for sample in samples})
+            raise InputError(
+                f"task '{spec.name}' has no filter '{spec.filter}' (it has {', '.join(filters)})."
+            )
+        if spec.metric not in kept[0]:
+            raise InputError(f"task '{spec.name}' has no metric '{spec.metric}'.")
+        rows += rows_from_samples(spec.name, name, spec.metric, kept)
+    chances = [1 / len(row["log_likelihoods"]) for row in rows if len(row["log_likelihoods"]) > 1]
+    values = [row["correct"] for row in rows]
+    mean = sum(values) / len(values)
+    first = next(iter(tasks.values()))
+    return (
+        TaskResult(
+            task=spec.name,
+            metric=spec.metric,
+            value=mean,
+            standard_error=math.sqrt(mean * (1 - mean) / max(len(values) - 1, 1)),
+            items=len(values),
+            version=str(first.VERSION),
+            fewshot=int(first.config.num_fewshot or 0),
+            chance=sum(chances) / len(chances) if len(chances) == len(rows) else None,
+        ),
+        rows,
+    )
+
+
+def _specifications(name: str, folder: Path | None) -> list[str | dict[str, Any]]:
+    if (EMBEDDED / f"{name}.jsonl").is_file():
+        shared = yaml.safe_load((EMBEDDED / "task.yaml").read_text())
+        return [shared | {"task": name, **_local({"test": str(EMBEDDED / f"{name}.jsonl")})}]
+    if folder is None or name not in DATA_FILES:
+        return [name]
+    files = {split: folder / file for split, file in DATA_FILES[name].items()}
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(f"task '{name}': the data directory has no file '{path}'.")
+    settings = _local({split: str(path) for split, path in files.items()})
+    # lm-eval fails on a split that is named but absent.
+    for split in ("training_split", "validation_split", "test_split"):
+        used = {"training_split": "train", "validation_split": "validation", "test_split": "test"}[split]
+        settings[split] = used if used in files else None
+    members = [{"task": name, **settings}]
+    if name == "mmlu":
+        members = [
+            {"task": f"mmlu_{subject}", **settings, "process_docs": partial(_only, subject=subject)}
+            for subject in _subjects(files["test"])
+        ]
+    # Inside a group, lm-eval merges these settings into its own task of that name.
+    return [{"group": f"{name}_offline", "task": members}]
+
+
+def _local(files: dict[str, str]) -> dict[str, Any]:
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+
+
+def _subjects(path: Path) -> list[str]:
+    from suite.data import read_jsonl
+
+    return sorted({row["subject"] for row in read_jsonl(path)})
+
+
+def _only(dataset: Any, subject: str) -> Any:
+    return dataset.filter(lambda row: row["subject"] == subject)
+
+
+def _first_items(tasks: dict[str, Any], limit: int | None) -> dict[str, list[int]] | None:
+    """The first `limit` items, spread evenly over the parts of a group."""
+    if limit is None:
+        return None
+    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+    taken = dict.fromkeys(sizes, 0)
+    while sum(taken.values()) < min(limit, sum(sizes.values())):
+        open_parts = [name for name in sizes if taken[name] < sizes[name]]
+        for name in open_parts[: limit - sum(taken.values())]:
+            taken[name] += 1
+    return {name: list(range(count)) for name, count in taken.items()}
+
+
+def _smaller(*limits: int | None) -> int | None:
+    given: Iterable[int] = [limit for limit in limits if limit is not None]
+    return min(given, default=None)
+
+
+def _task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    global _manager
+    if _manager is None:
+        _manager = TaskManager()
+    return _manager
+
+
+_manager: Any = None

@@ -1,0 +1,79 @@
+"""Perplexity with every convention stated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from suite import data
+from suite.calibration import token_ids, tokens_digest
+from suite.errors import InputError
+from suite.specs import Frozen, PerplexitySpec
+
+
+class Perplexity(Frozen):
+    """Perplexity per token and how it was computed."""
+
+    perplexity: float
+    nll_per_token: float
+    tokens: int
+    """Scored tokens: every window scores all its tokens but the first (all, with a BOS)."""
+    window: int
+    stride: int
+    bos: bool
+    source: str
+    tokens_digest: str
+    unit: str = "per token"
+    window_nlls: tuple[float, ...] = ()
+    """Summed negative log-likelihood of each window in nats, for paired comparisons."""
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: PerplexitySpec,
+    folder: Path | None = None,
+    batch_size: int = 4,
+) -> Perplexity:
+    """Perplexity over non-overlapping windows of the text, the mean taken over tokens.
+
+    Raises:
+        InputError: the text is shorter than one window, or a BOS is asked for that does not exist.
+    """
+    ids = token_ids(tokenizer, data.text(spec.source, folder))
+    windows = ids[: len(ids) // spec.window * spec.window].reshape(-1, spec.window)[: spec.windows]
+    if not len(windows):
+        raise InputError(f"'{spec.source}' holds {len(ids)} tokens, less than one window of {spec.window}.")
+    if spec.bos:
+        if tokenizer.bos_token_id is None:
+            raise InputError("the protocol asks for a BOS token, but this tokenizer has none.")
+        bos = torch.full((len(windows), 1), tokenizer.bos_token_id)
+        windows = torch.cat([bos, windows], dim=1)
+    nlls = torch.cat([window_nlls(model, batch) for batch in windows.split(batch_size)])
+    scored = windows.shape[0] * (windows.shape[1] - 1)
+    mean = float(nlls.sum()) / scored
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nll_per_token=mean,
+        tokens=scored,
+        window=spec.window,
+        stride=spec.window,
+        bos=spec.bos,
+        source=spec.source,
+        tokens_digest=tokens_digest(windows),
+        window_nlls=tuple(nlls.tolist()),
+    )
+
+
+@torch.inference_mode()
+def window_nlls(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood (float64, one per row) of tokens 1.. of each row of `ids`."""
+    ids = ids.to(model.device)
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    nll = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return nll.double().sum(1).cpu()

@@ -1,0 +1,336 @@
+"""The modules a compressed checkpoint may hold beside ordinary ones, and how to rebuild each.
+
+A module type is registered under a short name. Its constructor takes JSON-able arguments, and
+`arguments()` gives them back, so that a checkpoint stores only `path -> (type, arguments)` and a
+reload rebuilds the skeleton from them. Methods may register types of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from suite.errors import InputError
+from suite.registry import Registry
+from suite.specs import Frozen
+
+
+class SavedModule(Protocol):
+    """What a registered module type must offer."""
+
+    type_name: ClassVar[str]
+
+    def arguments(self) -> dict[str, Any]:
+        """JSON-able constructor arguments that rebuild this module's skeleton."""
+        ...
+
+
+class ModuleSpec(Frozen):
+    """One entry of a surgery list: the registered type and its constructor arguments."""
+
+    type: str
+    arguments: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash((self.type, tuple(sorted(self.arguments.items()))))
+
+    def build(self, dtype: torch.dtype, device: str = "meta") -> nn.Module:
+        """Construct the module, without weights when `device` is "meta"."""
+        with torch.device(device), default_dtype(dtype):
+            return cast(nn.Module, module_types.get(self.type)(**self.arguments))
+
+
+module_types: Registry[Callable[..., nn.Module]] = Registry("module type")
+
+
+def module_type(name: str) -> Callable[[type], type]:
+    """Class decorator: register an `nn.Module` with an `arguments()` method under `name`."""
+
+    def register(cls: type) -> type:
+        cls.type_name = name  # type: ignore[attr-defined]
+        module_types.add(name, cls)
+        return cls
+
+    return register
+
+
+def spec_of(module: nn.Module) -> ModuleSpec | None:
+    """The surgery entry of a module, or None for an ordinary one."""
+    name = getattr(type(module), "type_name", None)
+    if name is None:
+        return None
+    return ModuleSpec(type=name, arguments=cast(SavedModule, module).arguments())
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`, on the device of what stood there."""
+    old = model.get_submodule(path)
+    reference = next(old.parameters(), None)
+    if reference is not None and reference.device.type != "meta":
+        module = module.to(reference.device)
+    model.set_submodule(path, module.train(old.training))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create new floating-point tensors in `dtype` inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@module_type("low_rank")
+class LowRankLinear(nn.Module):
+    """`y = second(first(x)) + bias` with `first` (rank × in) and `second` (out × rank)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+        super().__init__()
+        self.first = nn.Linear(in_features, rank, bias=False)
+        self.second = nn.Linear(rank, out_features, bias=bias)
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, like: nn.Linear) -> LowRankLinear:
+        """Build from `left` (out × rank) and `right` (rank × in), with the bias and dtype of `like`."""
+        rank, in_features = right.shape
+        with default_dtype(like.weight.dtype):
+            module = cls(in_features, left.shape[0], rank, bias=like.bias is not None)
+        with torch.no_grad():
+            module.first.weight.copy_(right)
+            module.second.weight.copy_(left)
+            if like.bias is not None:
+                module.second.bias.copy_(like.bias)
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "in_features": self.first.in_features,
+            "out_features": self.second.out_features,
+            "rank": self.first.out_features,
+            "bias": self.second.bias is not None,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.second(self.first(x)))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned `bits`-wide integers (uint8, rows × n) into bytes (rows × ceil(n·bits/8)).
+
+    Bit k of code j is bit (j·bits + k) of its row, least significant first, for every width.
+    """
+    if bits == 8:
+        return codes.contiguous()
+    rows, n = codes.shape
+    padded = functional.pad(codes, (0, -n % 8)).reshape(rows, -1, 8)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    stream = ((padded.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1, 8)
+    weights = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=codes.device)
+    packed = (stream * weights).sum(-1, dtype=torch.uint8)
+    return packed[:, : math.ceil(n * bits / 8)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of `pack`: uint8 codes (rows × n)."""
+    if bits == 8:
+        return packed
+    rows = packed.shape[0]
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return codes.reshape(rows, -1)[:, :n]
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)
+    stream = functional.pad(stream, (0, n * bits - stream.shape[1])) if stream.shape[1] < n * bits else stream
+    weights = torch.tensor([1 << k for k in range(bits)], dtype=torch.uint8, device=packed.device)
+    return (stream[:, : n * bits].reshape(rows, n, bits) * weights).sum(-1, dtype=torch.uint8)
+
+
+class PackedMatrix(nn.Module):
+    """A (rows × columns) matrix as packed integers with one scale (and zero point) per group.
+
+    A group is `group` consecutive columns of one row; the last group of a row may be shorter.
+    Value = scale · (code − zero); symmetric grids have the fixed zero `2^(bits−1)`.
+    Scales are float16: bfloat16 would cost precision, float32 twice the bytes.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, rows: int, columns: int, bits: int, group: int, symmetric: bool):
+        super().__init__()
+        if bits not in (2, 3, 4, 8):
+            raise InputError(f"{bits} bits cannot be packed; use 2, 3, 4 or 8.")
+        self.rows, self.columns, self.bits = rows, columns, bits
+        self.group, self.symmetric = min(group, columns), symmetric
+        groups = math.ceil(columns / self.group)
+        width = math.ceil(columns * bits / 8)
+        self.register_buffer("packed", torch.zeros(rows, width, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros(rows, groups, dtype=torch.float16))
+        if not symmetric:
+            zero_width = math.ceil(groups * bits / 8)
+            self.register_buffer("zeros", torch.zeros(rows, zero_width, dtype=torch.uint8))
+
+    @property
+    def logical_parameters(self) -> int:
+        """Weights represented, whatever their width: packing leaves the parameter count alone."""
+        return self.rows * self.columns
+
+    @torch.no_grad()
+    def quantize_(self, weight: Tensor) -> None:
+        """Round `weight` (rows × columns) to the nearest grid point (RTN) and store it."""
+        codes, scales, zeros = round_to_nearest(weight, self.bits, self.group, self.symmetric)
+        self.packed.copy_(pack(codes, self.bits))
+        self.scales.copy_(scales)
+        if not self.symmetric:
+            self.zeros.copy_(pack(zeros, self.bits))
+
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """The matrix (or the chosen rows of it) in `dtype`."""
+        packed, scales = (
+            (self.packed, self.scales) if rows is None else (self.packed[rows], self.scales[rows])
+        )
+        codes = unpack(packed, self.bits, self.columns)
+        groups = scales.shape[1]
+        # Ragged last group: compute on a padded copy, cut afterwards.
+        padding = groups * self.group - self.columns
+        values = functional.pad(codes, (0, padding)) if padding else codes
+        values = values.reshape(-1, groups, self.group).to(dtype)
+        if self.symmetric:
+            values = values - float(1 << (self.bits - 1))
+        else:
+            zeros = self.zeros if rows is None else self.zeros[rows]
+            values = values - unpack(zeros, self.bits, groups).to(dtype).unsqueeze(-1)
+        values = values * scales.to(dtype).unsqueeze(-1)
+        return values.reshape(-1, groups * self.group)[:, : self.columns]
+
+
+def round_to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (uint8, rows × columns), float16 scales and uint8 zeros (rows × groups) by rounding.
+
+    Symmetric: scale = max|w| / (2^(b−1) − 1). Asymmetric: scale = (max(w,0) − min(w,0)) / (2^b − 1),
+    zero = round(−min/scale).
+    """
+    rows, columns = weight.shape
+    groups = math.ceil(columns / group)
+    blocks = functional.pad(weight.float(), (0, groups * group - columns)).reshape(rows, groups, group)
+    top = (1 << bits) - 1
+    smallest = torch.finfo(torch.float16).smallest_normal
+    if symmetric:
+        half = 1 << (bits - 1)
+        scales = (blocks.abs().amax(-1) / (half - 1)).clamp(min=smallest)
+        zeros = torch.full_like(scales, half)
+    else:
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        scales = ((high - low) / top).clamp(min=smallest)
+        zeros = (-low / scales.half().float()).round().clamp(0, top)
+    # Codes are rounded against the scale that is stored, so float16 costs no further error.
+    scales = scales.half()
+    codes = (blocks / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    codes = codes.clamp(0, top).to(torch.uint8).reshape(rows, -1)[:, :columns]
+    return codes.contiguous(), scales, zeros.to(torch.uint8)
+
+
+@module_type("packed_linear")
+class PackedLinear(PackedMatrix):
+    """A linear layer with packed weights, dequantized for the length of each call."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        symmetric: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__(out_features, in_features, bits, group, symmetric)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int, group: int, symmetric: bool) -> PackedLinear:
+        """Round the weights of `linear`; its bias is kept as it is."""
+        with torch.device(linear.weight.device), default_dtype(linear.weight.dtype):
+            module = cls(
+                linear.in_features, linear.out_features, bits, group, symmetric, linear.bias is not None
+            )
+        module.quantize_(linear.weight)
+        module.bias = linear.bias
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            "bias": self.bias is not None,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+
+
+@module_type("packed_embedding")
+class PackedEmbedding(PackedMatrix):
+    """An embedding table with packed rows; only the rows looked up are dequantized."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, bits: int, group: int, symmetric: bool = True
+    ):
+        super().__init__(num_embeddings, embedding_dim, bits, group, symmetric)
+        self.output_dtype = torch.get_default_dtype()
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, bits: int, group: int, symmetric: bool
+    ) -> PackedEmbedding:
+        """Round the rows of `embedding`."""
+        with torch.device(embedding.weight.device), default_dtype(embedding.weight.dtype):
+            module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group, symmetric)
+        module.quantize_(embedding.weight)
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "num_embeddings": self.rows,
+            "embedding_dim": self.columns,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+        }
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.dequantize(self.output_dtype, ids.reshape(-1))
+        return rows.reshape(*ids.shape, self.columns)
+
+
+@module_type("tied_head")
+class TiedHead(nn.Module):
+    """An output head that reads the packed embedding's table: no tensors of its own."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source = source
+        self._table: list[PackedMatrix] = []  # a list hides the module from state_dict()
+
+    def bind(self, model: nn.Module) -> None:
+        """Point at the embedding; called once all modules are in place."""
+        self._table = [cast(PackedMatrix, model.get_submodule(self.source))]
+
+    def arguments(self) -> dict[str, Any]:
+        return {"source": self.source}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._table[0].dequantize(x.dtype))

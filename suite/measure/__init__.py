@@ -1,0 +1,1 @@
+"""Measurements on a reloaded checkpoint; none of them knows which method made it."""

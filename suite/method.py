@@ -1,0 +1,135 @@
+"""The contract between the suite and a compression method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
+
+from suite.calibration import Calibration
+from suite.errors import ImpossibleBudget
+from suite.layers import ModuleSpec
+from suite.models.anatomy import Anatomy
+from suite.registry import Registry
+from suite.specs import Frozen
+
+Metric = Literal["params", "bytes"]
+
+
+class MethodConfig(BaseModel):
+    """A method's own knobs. A knob left at None is solved for the budget."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Plan(Frozen):
+    """What a method will do, decided on shapes alone.
+
+    `knobs` are shown to the user; `drop` lists blocks to remove; `modules` says which module type
+    with which arguments will stand at each path (numbered as after dropping).
+    """
+
+    knobs: dict[str, Any] = Field(default_factory=dict)
+    drop: tuple[int, ...] = ()
+    modules: dict[str, ModuleSpec] = Field(default_factory=dict)
+
+    def apply(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy this plan leads to."""
+        return anatomy.after(self.drop, self.modules)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The budget as a method sees it: an absolute size in `params` or `bytes`, and the run's seed."""
+
+    metric: Metric
+    value: int
+    seed: int = 0
+
+    def fits(self, anatomy: Anatomy) -> bool:
+        """Whether a model of these shapes meets the budget."""
+        return anatomy.size(self.metric) <= self.value
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class Method(ABC, Generic[ConfigT]):
+    """A compression method: arithmetic on shapes (`plan`), then the mathematics (`compress`).
+
+    It never counts, times, saves, loads, evaluates, prints or seeds; the suite does. `version` goes
+    up when the numbers a method produces change, so that old records are not taken for new ones.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    source: ClassVar[str]
+    version: ClassVar[int] = 1
+    acts_on: ClassVar[frozenset[Metric]] = frozenset({"params", "bytes"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Any of "calibration", "cuda"."""
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def __init__(self, config: ConfigT):
+        self.config = config
+
+    @abstractmethod
+    def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
+        """Solve the knobs for `target`, or use them exactly as configured when it is None.
+
+        Raises:
+            ImpossibleBudget: with the smallest size the method can reach on this model.
+        """
+
+    @abstractmethod
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
+        """Turn the dense `model` into what `plan` says, in place."""
+
+
+methods: Registry[type[Method[Any]]] = Registry("method")
+
+MethodT = TypeVar("MethodT", bound=type[Method[Any]])
+
+
+def register(cls: MethodT) -> MethodT:
+    """Class decorator: add a method to the registry under its `name`."""
+    methods.add(cls.name, cls)
+    return cls
+
+
+def largest_share(
+    build: Callable[[float], Plan], anatomy: Anatomy, target: Target, name: str, steps: int = 22
+) -> tuple[float, Plan]:
+    """Bisect the largest share in [0, 1] whose plan meets the target; sizes must grow with it.
+
+    `build(0)` must be the smallest plan the method can make and `build(1)` the identity.
+
+    Raises:
+        ImpossibleBudget: even share 0 is above the target.
+    """
+    if target.fits(build(1.0).apply(anatomy)):
+        return 1.0, build(1.0)
+    refuse_above(build(0.0).apply(anatomy), target, name)
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if target.fits(build(middle).apply(anatomy)):
+            low = middle
+        else:
+            high = middle
+    return low, build(low)
+
+
+def refuse_above(smallest: Anatomy, target: Target, name: str) -> None:
+    """Raise unless the smallest anatomy a method can produce meets the target.
+
+    Raises:
+        ImpossibleBudget: it does not.
+    """
+    size = smallest.size(target.metric)
+    if size > target.value:
+        raise ImpossibleBudget(f"{name} cannot reach {target.metric}={target.value:,}", size)

@@ -1,0 +1,324 @@
+"""A decoder-only language model seen as embeddings, blocks, linears, norms and heads.
+
+All knowledge of architectures lives here. An `Anatomy` holds shapes only: it is read off a model on
+the meta device, so a 70B model costs nothing, and `after` predicts what a plan makes of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from suite.errors import InputError, nearest
+from suite.layers import ModuleSpec, PackedLinear
+from suite.measure.ledger import Entry, ledger, total_disk, total_params
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one family keeps its parts, as paths inside the model or inside a block."""
+
+    blocks: str
+    embedding: str
+    final_norm: str
+    head: str
+    attention: str
+    norms: tuple[str, ...]
+    roles: Mapping[str, str]
+    """Path inside a block -> role of that linear."""
+
+
+LLAMA_LIKE = Layout(
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    head="lm_head",
+    attention="self_attn",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    roles={
+        "self_attn.q_proj": "query",
+        "self_attn.k_proj": "key",
+        "self_attn.v_proj": "value",
+        "self_attn.o_proj": "output",
+        "mlp.gate_proj": "gate",
+        "mlp.up_proj": "up",
+        "mlp.down_proj": "down",
+    },
+)
+OPT = Layout(
+    blocks="model.decoder.layers",
+    embedding="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    head="lm_head",
+    attention="self_attn",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    roles={
+        "self_attn.q_proj": "query",
+        "self_attn.k_proj": "key",
+        "self_attn.v_proj": "value",
+        "self_attn.out_proj": "output",
+        "fc1": "up",
+        "fc2": "down",
+    },
+)
+GPT_NEOX = Layout(
+    blocks="gpt_neox.layers",
+    embedding="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    head="lm_head",
+    attention="attention",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    roles={
+        "attention.query_key_value": "query_key_value",
+        "attention.dense": "output",
+        "mlp.dense_h_to_4h": "up",
+        "mlp.dense_4h_to_h": "down",
+    },
+)
+LAYOUTS: dict[str, Layout] = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "opt": OPT,
+    "gpt_neox": GPT_NEOX,
+}
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout of a model family.
+
+    Raises:
+        InputError: the family is not supported; the message names those that are.
+    """
+    layout = LAYOUTS.get(config.model_type)
+    if layout is None:
+        raise InputError(
+            f"model family '{config.model_type}' is not supported."
+            f"{nearest(config.model_type, LAYOUTS)}  (Supported: {', '.join(LAYOUTS)}.)"
+        )
+    return layout
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer inside a block: weight is `out_features × in_features`.
+
+    `packed` weights are integers already and can no longer be factorised.
+    """
+
+    path: str
+    role: str
+    block: int
+    out_features: int
+    in_features: int
+    bias: bool
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Shapes of a model, and its ledger."""
+
+    model_type: str
+    layout: Layout
+    dtype: torch.dtype
+    n_blocks: int
+    hidden_size: int
+    embedding_size: int
+    """Width of the embedding table; OPT-350M projects it to the hidden size."""
+    vocab_size: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    tied: bool
+    linears: tuple[LinearShape, ...]
+    entries: tuple[Entry, ...]
+
+    @property
+    def params(self) -> int:
+        """Unique parameters, embeddings included, tied weights once."""
+        return total_params(self.entries)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights as a checkpoint stores them."""
+        return total_disk(self.entries)
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of embedding and head together."""
+        return total_params(e for e in self.entries if e.path in (self.layout.embedding, self.layout.head))
+
+    def size(self, metric: str) -> int:
+        """`params` or `bytes`."""
+        return self.params if metric == "params" else self.bytes
+
+    @property
+    def decoder_params(self) -> int:
+        """Parameters of the blocks' linears (whatever replaced them included), norms left out."""
+        return decoder_params(self.entries, self.layout)
+
+    def dense_linears(self, method: str) -> tuple[LinearShape, ...]:
+        """The linears, all still dense.
+
+        Raises:
+            InputError: an earlier stage packed them.
+        """
+        if any(linear.packed for linear in self.linears):
+            raise InputError(
+                f"'{method}' needs dense weights, but an earlier stage quantized them."
+                f" Put the quantizer last: {method}+..."
+            )
+        return self.linears
+
+    def after(self, drop: Sequence[int] = (), modules: Mapping[str, ModuleSpec] | None = None) -> Anatomy:
+        """The anatomy once blocks `drop` are gone and then `modules` stand at their paths."""
+        result = self._without(set(drop)) if drop else self
+        return result._with(modules) if modules else result
+
+    def _without(self, drop: set[int]) -> Anatomy:
+        kept = [block for block in range(self.n_blocks) if block not in drop]
+        renumbered = {old: new for new, old in enumerate(kept)}
+        prefix = re.compile(re.escape(self.layout.blocks) + r"\.(\d+)\b")
+
+        def moved(path: str) -> str | None:
+            match = prefix.match(path)
+            if not match:
+                return path
+            block = int(match[1])
+            if block in drop:
+                return None
+            return f"{self.layout.blocks}.{renumbered[block]}{path[match.end() :]}"
+
+        linears = tuple(
+            replace(linear, path=path, block=renumbered[linear.block])
+            for linear in self.linears
+            if (path := moved(linear.path)) is not None
+        )
+        entries = tuple(e.at(path) for e in self.entries if (path := moved(e.path)) is not None)
+        return replace(self, n_blocks=len(kept), linears=linears, entries=entries)
+
+    def _with(self, modules: Mapping[str, ModuleSpec]) -> Anatomy:
+        entries = [entry for entry in self.entries if not _inside(entry.path, modules)]
+        linears = [linear for linear in self.linears if not _inside(linear.path, modules)]
+        before = {linear.path: linear for linear in self.linears}
+        for path, spec in modules.items():
+            own_entries, own_linears = _skeleton(spec, self.dtype)
+            entries += [e.at(_join(path, e.path)) for e in own_entries]
+            parent = before.get(path)
+            if parent is not None:
+                linears += [
+                    replace(line, path=_join(path, line.path), role=parent.role, block=parent.block)
+                    for line in own_linears
+                ]
+        return replace(self, entries=tuple(entries), linears=tuple(linears))
+
+
+def _inside(path: str, modules: Mapping[str, ModuleSpec]) -> bool:
+    """Whether a path is, or lies in, one of the replaced modules."""
+    while path:
+        if path in modules:
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if child else parent
+
+
+@functools.lru_cache(maxsize=4096)
+def _skeleton(spec: ModuleSpec, dtype: torch.dtype) -> tuple[tuple[Entry, ...], tuple[LinearShape, ...]]:
+    """Entries and linears inside a module of this spec; cached, as shapes repeat in every block."""
+    module = spec.build(dtype)
+    return ledger(module), tuple(_linears_of(module))
+
+
+def _linears_of(module: nn.Module) -> list[LinearShape]:
+    return [
+        LinearShape(
+            path=path,
+            role="",
+            block=-1,
+            out_features=child.out_features,
+            in_features=child.in_features,
+            bias=child.bias is not None,
+            packed=isinstance(child, PackedLinear),
+        )
+        for path, child in module.named_modules()
+        if isinstance(child, (nn.Linear, PackedLinear))
+    ]
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """Read the anatomy off a dense or compressed model, on any device including meta."""
+    config: Any = model.config
+    layout = layout_of(config)
+    blocks = model.get_submodule(layout.blocks)
+    linears: list[LinearShape] = []
+    for index, block in enumerate(blocks.children()):
+        for inner, role in layout.roles.items():
+            try:
+                module = block.get_submodule(inner)
+            except AttributeError:
+                raise InputError(
+                    f"this {config.model_type} model has no '{inner}' in block {index}: its blocks"
+                    " are not of the usual form, so it is not supported."
+                ) from None
+            path = f"{layout.blocks}.{index}.{inner}"
+            linears += [
+                replace(line, path=_join(path, line.path), role=role, block=index)
+                for line in _linears_of(module)
+            ]
+    heads = config.num_attention_heads
+    return Anatomy(
+        model_type=config.model_type,
+        layout=layout,
+        dtype=model.dtype,
+        n_blocks=len(list(blocks.children())),
+        hidden_size=config.hidden_size,
+        embedding_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        vocab_size=config.vocab_size,
+        heads=heads,
+        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        tied=bool(config.tie_word_embeddings),
+        linears=tuple(linears),
+        entries=ledger(model),
+    )
+
+
+def decoder_params(entries: Sequence[Entry], layout: Layout) -> int:
+    """Parameters inside the blocks that do not belong to norms."""
+    inside = re.compile(re.escape(layout.blocks) + r"\.\d+\.(.+)")
+    total = 0
+    for entry in entries:
+        match = inside.match(entry.path)
+        if match and not match[1].endswith(layout.norms) and "norm" not in match[1].rpartition(".")[2]:
+            total += entry.params
+    return total
+
+
+def drop_blocks(model: PreTrainedModel, drop: Sequence[int]) -> None:
+    """Remove blocks in place and renumber the rest, in the modules and in the config."""
+    layout = layout_of(model.config)
+    blocks = model.get_submodule(layout.blocks)
+    kept = [index for index in range(len(list(blocks.children()))) if index not in set(drop)]
+    children = list(blocks.children())
+    model.set_submodule(layout.blocks, nn.ModuleList(children[index] for index in kept))
+    for position, index in enumerate(kept):
+        for module in children[index].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # type: ignore[assignment]
+    config: Any = model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    config.num_hidden_layers = len(kept)

@@ -1,0 +1,204 @@
+"""Records: everything needed to trust or redo a row, written crash-safe, one file per cell."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from suite.errors import InputError
+from suite.evaluate import items
+from suite.evaluate.harness import TaskResult
+from suite.evaluate.perplexity import Perplexity
+from suite.measure.ledger import Entry
+from suite.measure.speed import Throughput
+from suite.specs import RunSpec
+
+SCHEMA_VERSION = 1
+Status = Literal["ok", "failed", "not_applicable"]
+
+
+class Part(BaseModel):
+    """A part of a record. Unknown fields of newer versions are ignored when read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Sizes(Part):
+    """Sizes of one model: logical parameters, and bytes on disk, resident after load, and nominal."""
+
+    params: int
+    decoder_params: int
+    bytes_disk: int
+    bytes_resident: int | None = None
+    bytes_nominal: float | None = None
+
+
+class Memory(Part):
+    """Peak memory in bytes. On CPU above what the process held before the model was loaded."""
+
+    load: int
+    inference: int
+    how: str
+
+
+class Compression(Part):
+    """Cost of making the checkpoint: wall time and peak memory of the compressing process."""
+
+    seconds: float
+    peak_bytes: int
+    peak_how: str
+
+
+class Measurements(Part):
+    """What was measured on the reloaded checkpoint."""
+
+    sizes: Sizes
+    memory: Memory
+    prefill: Throughput
+    decode: Throughput
+    training: Throughput
+    trainable_params: int
+    perplexity: Perplexity
+    tasks: tuple[TaskResult, ...]
+
+
+class Failure(Part):
+    """Where and why a cell failed."""
+
+    stage: str
+    reason: str
+
+
+class Record(Part):
+    """One cell of the grid, finished or failed."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Status
+    spec: RunSpec
+    model_note: str = ""
+    dense: Sizes
+    knobs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    planned: Sizes | None = None
+    compression: Compression | None = None
+    measurements: Measurements | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+    calibration_digest: str | None = None
+    conditions: dict[str, Any] = Field(default_factory=dict)
+    failure: Failure | None = None
+    checkpoint: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The digest that names the record's files."""
+        return self.spec.digest()
+
+
+class RecordStore:
+    """`FOLDER/records/MODEL/DIGEST.json`, with per-item outcomes and the ledger beside each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def check_writable(self) -> None:
+        """Refuse a results folder that cannot be written, before anything is computed.
+
+        Raises:
+            InputError: the folder cannot be created or written.
+        """
+        try:
+            (self.folder / "records").mkdir(parents=True, exist_ok=True)
+            probe = self.folder / "records" / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"results folder '{self.folder}' cannot be written: {error.strerror}. Choose another with"
+                " --results DIR."
+            ) from None
+
+    def path(self, spec: RunSpec) -> Path:
+        """Where the record of a cell lives."""
+        slug = Path(spec.model.rstrip("/")).name if Path(spec.model).is_dir() else spec.model
+        return self.folder / "records" / slug.replace("/", "--") / f"{spec.digest()}.json"
+
+    def find(self, spec: RunSpec) -> Record | None:
+        """The record of a cell, if there is one."""
+        path = self.path(spec)
+        return self.read(path) if path.is_file() else None
+
+    def read(self, path: Path) -> Record:
+        """Read one record.
+
+        Raises:
+            InputError: half-written, foreign, or of a newer schema.
+        """
+        advice = "Move it out of the results folder, or delete it and run again."
+        try:
+            content = json.loads(path.read_text())
+            version = content.get("schema_version") if isinstance(content, dict) else None
+            if not isinstance(version, int):
+                raise InputError(f"'{path}' is not a Weigh-in record. {advice}")
+            if version > SCHEMA_VERSION:
+                raise InputError(
+                    f"'{path}' has schema {version}; this weighin reads up to {SCHEMA_VERSION}. Update."
+                )
+            return Record.model_validate(content)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(f"'{path}' is not valid JSON (half-written?). {advice}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                f"'{path}' is not a Weigh-in record ('{where}': {first['msg']}). {advice}"
+            ) from None
+
+    def all(self) -> list[Record]:
+        """Every record in the folder, oldest names first.
+
+        Raises:
+            InputError: the folder has no records, or one of them cannot be read.
+        """
+        root = self.folder / "records"
+        paths = sorted(root.glob("*/*.json"))
+        if not paths:
+            raise InputError(
+                f"no records in '{self.folder}'. Make some with: weighin run --results {self.folder}"
+            )
+        return [self.read(path) for path in paths]
+
+    def save(
+        self,
+        record: Record,
+        item_rows: Iterable[dict[str, Any]] = (),
+        entries: Iterable[Entry] = (),
+    ) -> Path:
+        """Write a record; what was there before stays whole until the new one is complete."""
+        path = self.path(record.spec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = items.frame(list(item_rows))
+        if len(table):
+            _atomic(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
+        ledger = pd.DataFrame([vars(entry) for entry in entries])
+        if len(ledger):
+            _atomic(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
+        text = record.model_dump_json(indent=1)
+        _atomic(path, lambda to: to.write_text(text + "\n"))
+        return path
+
+
+def _atomic(path: Path, write: Any) -> None:
+    """Write to a temporary file, flush it to disk, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Running a grid of cells, each in processes of its own."""

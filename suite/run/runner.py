@@ -1,0 +1,320 @@
+"""The grid: which cells there are, which are missing, and running those, each in its own processes."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suite.errors import ImpossibleBudget, InputError, NotApplicable
+from suite.evaluate.harness import check_tasks
+from suite.models import load
+from suite.models.anatomy import Anatomy
+from suite.recipe import Recipe
+from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes
+from suite.registry import load_plugin
+from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
+from suite.specs import Budget, CalibrationSpec, Protocol, RunSpec, Track, digest_of
+
+STAGES = ("plan", "load", "compress", "save", "reload", "audit", "speed", "perplexity", "tasks", "training")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a grid; none of these changes what a record says, except the device."""
+
+    results: Path
+    device: str = "cpu"
+    jobs: int = 1
+    timeout: float | None = None
+    data_folder: Path | None = None
+    plugins: tuple[str, ...] = ()
+    keep_checkpoints: Path | None = None
+
+
+@dataclass
+class Cell:
+    """One cell of the grid and how far it is."""
+
+    spec: RunSpec
+    source: load.Source
+    record: Record
+    state: str = "waiting"
+    """waiting, running, cached, ok, failed or not_applicable."""
+    stage: str = ""
+    detail: str = ""
+    share_done: float = 0.0
+    pid: int | None = None
+    started: float = field(default=0.0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state not in ("waiting", "running")
+
+
+Listener = Callable[[Cell], None]
+
+
+class Grid:
+    """All cells of a track, planned; `run` computes the missing ones."""
+
+    def __init__(self, track: Track, options: Options):
+        """Resolve everything a user may have got wrong, before any model is compressed.
+
+        Raises:
+            InputError: the first thing that is wrong.
+        """
+        self.options = options
+        self.store = RecordStore(options.results)
+        self.digests = [load_plugin(path) for path in options.plugins]
+        check_device(options.device)
+        protocol = Protocol.load(track.protocol)
+        check_tasks(protocol)
+        spec = CalibrationSpec.parse(track.calibration) if track.calibration else protocol.calibration
+        pairs = [(Recipe.parse(recipe), Budget.parse(budget)) for recipe, budget in track.pairs()]
+        self.store.check_writable()
+        self.cells: list[Cell] = []
+        for model in track.models:
+            source = load.resolve(model)
+            anatomy = load.load_anatomy(source)
+            for seed in track.seeds:
+                for recipe, budget in pairs:
+                    run = RunSpec(
+                        model=source.name,
+                        model_digest=source.digest,
+                        recipe=str(recipe),
+                        method_versions=(*recipe.versions, *self.digests),
+                        budget=budget,
+                        protocol=protocol,
+                        protocol_digest=digest_of(protocol.model_dump(mode="json")),
+                        calibration=spec,
+                        seed=seed,
+                        device=options.device,
+                        limit=track.limit,
+                    )
+                    self.cells.append(self._cell(run, source, recipe, anatomy))
+        self._refuse_hopeless()
+
+    def run(self, listener: Listener = lambda cell: None) -> None:
+        """Compute the missing cells. A cell that crashes is recorded as failed; the others go on."""
+        missing = [cell for cell in self.cells if not cell.finished]
+        stop = threading.Event()
+        runner = partial(self._run_cell, listener=listener, stop=stop)
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            futures = [pool.submit(runner, cell) for cell in missing]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _cell(self, spec: RunSpec, source: load.Source, recipe: Recipe, anatomy: Anatomy) -> Cell:
+        existing = self.store.find(spec)
+        if existing is not None and existing.status == "ok":
+            return Cell(spec, source, existing, state="cached")
+        record = Record(status="failed", spec=spec, model_note=source.note, dense=_sizes(anatomy))
+        cell = Cell(spec, source, record)
+        try:
+            plan = recipe.plan(anatomy, spec.budget, spec.seed)
+            record.knobs = plan.knobs(recipe)
+            record.planned = _sizes(plan.final)
+        except NotApplicable as error:
+            self._finish(cell, "not_applicable", Failure(stage="plan", reason=str(error)))
+        except ImpossibleBudget as error:
+            self._finish(cell, "failed", Failure(stage="plan", reason=f"{spec.model}: {error}"))
+        return cell
+
+    def _refuse_hopeless(self) -> None:
+        """When every cell asked for is impossible there is nothing to run: say so as an input error."""
+        asked = [cell for cell in self.cells if cell.spec.recipe != "dense"]
+        refused = [cell for cell in asked if cell.state == "failed"]
+        if asked and len(refused) == len(asked):
+            raise InputError("\n       ".join(reason_of(cell.record) for cell in refused))
+
+    def _run_cell(self, cell: Cell, listener: Listener, stop: threading.Event) -> None:
+        if stop.is_set():
+            return
+        cell.state, cell.started = "running", time.monotonic()
+        listener(cell)
+        scratch = Path(tempfile.mkdtemp(prefix="weighin-"))
+        folder = self._checkpoint_folder(cell.spec) or scratch / "checkpoint"
+        job = Job(
+            spec=cell.spec,
+            source=cell.source,
+            folder=folder,
+            probe=scratch / "probe.safetensors",
+            log=scratch / "log.txt",
+            threads=max(1, torch.get_num_threads() // self.options.jobs),
+            jobs=self.options.jobs,
+            plugins=self.options.plugins,
+            data_folder=self.options.data_folder,
+        )
+        results: dict[str, Any] = {}
+        try:
+            for step in (make_checkpoint, measure_checkpoint):
+                part = self._supervise(step, job, cell, listener, stop)
+                if part is None:
+                    return
+                seconds = results.get("seconds", {}) | part["seconds"]
+                results |= part | {"seconds": seconds}
+            self._record(cell, results)
+        except _CellBroke as broke:
+            self._finish(cell, "failed", Failure(stage=cell.stage, reason=str(broke)))
+        finally:
+            if cell.state != "running" or stop.is_set():
+                shutil.rmtree(scratch, ignore_errors=True)
+            listener(cell)
+
+    def _supervise(
+        self,
+        step: Callable[..., dict[str, Any]],
+        job: Job,
+        cell: Cell,
+        listener: Listener,
+        stop: threading.Event,
+    ) -> dict[str, Any] | None:
+        """Run one half of a cell in a process; None when the whole run is being stopped."""
+        context = process_context()
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(step, job, sender), daemon=True)
+        process.start()
+        sender.close()
+        cell.pid = process.pid
+        try:
+            while True:
+                if stop.is_set():
+                    return None
+                limit = self.options.timeout
+                if limit is not None and time.monotonic() - cell.started > limit:
+                    raise _CellBroke(f"timed out after {limit:g} s")
+                if not receiver.poll(0.1):
+                    continue
+                try:
+                    kind, content = receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise _CellBroke(_describe_death(process, job.log)) from None
+                if kind == "result":
+                    return dict(content)
+                if kind == "error":
+                    raise _CellBroke(str(content))
+                _update(cell, kind, content)
+                listener(cell)
+        finally:
+            _end(process)
+            receiver.close()
+
+    def _record(self, cell: Cell, results: dict[str, Any]) -> None:
+        record = cell.record
+        record.compression = Compression.model_validate(results["compression"])
+        record.measurements = Measurements.model_validate(results["measurements"])
+        record.calibration_digest = results["calibration_digest"]
+        record.conditions = results["conditions"]
+        record.seconds = results["seconds"]
+        folder = self._checkpoint_folder(cell.spec)
+        record.checkpoint = str(folder) if folder else None
+        record.status, record.failure = "ok", None
+        self.store.save(record, results["items"], results["entries"])
+        cell.state = "ok"
+
+    def _finish(self, cell: Cell, state: Any, failure: Failure) -> None:
+        record = cell.record
+        cell.state = record.status = state
+        record.failure = failure
+        self.store.save(record)
+
+    def _checkpoint_folder(self, spec: RunSpec) -> Path | None:
+        if self.options.keep_checkpoints is None:
+            return None
+        recipe = "".join(c if c.isalnum() or c in "-+." else "_" for c in spec.recipe)
+        name = f"{Path(spec.model).name}-{recipe}-{spec.budget}-{spec.digest()[:8]}"
+        return self.options.keep_checkpoints / name
+
+
+class _CellBroke(Exception):
+    """A worker failed; the message becomes the record's reason."""
+
+
+def process_context() -> Any:
+    """Fresh processes. With a fork server the libraries are imported once, not once per process."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["suite.run.preload"])
+    return context
+
+
+def check_device(device: str) -> None:
+    """Refuse a device torch does not know or does not have.
+
+    Raises:
+        InputError: with what is available.
+    """
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in available and not (device == "cuda" and len(available) > 1):
+        raise InputError(f"there is no device '{device}' here.  (Available: {', '.join(available)}.)")
+
+
+def reason_of(record: Record) -> str:
+    """Why a cell failed or does not apply; empty for one that is fine."""
+    return record.failure.reason if record.failure else ""
+
+
+def _sizes(anatomy: Anatomy) -> Sizes:
+    return Sizes(params=anatomy.params, decoder_params=anatomy.decoder_params, bytes_disk=anatomy.bytes)
+
+
+def _update(cell: Cell, kind: str, content: Any) -> None:
+    if kind == "stage":
+        cell.stage, cell.detail = content, ""
+        cell.share_done = STAGES.index(content) / len(STAGES)
+    else:
+        cell.detail, done, total = content
+        cell.share_done = (STAGES.index(cell.stage) + done / max(total, 1)) / len(STAGES)
+
+
+def _describe_death(process: BaseProcess, log: Path) -> str:
+    code = process.exitcode or 0
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"the worker was killed by {name}{hint}"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    last = f": {lines[-1]}" if lines else ""
+    return f"the worker ended with exit code {code}{last}"
+
+
+def _end(process: BaseProcess) -> None:
+    """Give a process a moment to leave by itself, then make it."""
+    process.join(0.5)
+    if process.is_alive():
+        process.terminate()
+        process.join(2)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def time_left(cells: Sequence[Cell], elapsed: float) -> float:
+    """Seconds left, judged by the cells computed so far; NaN before there is anything to go by."""
+    open_cells = [cell for cell in cells if not cell.finished]
+    done = sum(1.0 for cell in cells if cell.state in ("ok", "failed") and cell.started)
+    done += sum(cell.share_done for cell in open_cells)
+    left = sum(1.0 - cell.share_done for cell in open_cells)
+    return elapsed * left / done if done > 0 else math.nan

@@ -1,0 +1,236 @@
+"""The way of one cell: plan, compress, save | reload, measure, record.
+
+The first half runs in one process, the second in a fresh one that never saw the dense model, so
+everything on the board is true of the checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from suite import calibration, checkpoint
+from suite.errors import CellFailed, WeighinError
+from suite.evaluate import harness, perplexity
+from suite.measure import speed
+from suite.measure.ledger import ledger, total_disk, total_params
+from suite.measure.memory import peak_memory, resident_memory
+from suite.models import load
+from suite.models.anatomy import decoder_params, layout_of
+from suite.recipe import Recipe
+from suite.registry import load_plugin
+from suite.run.environment import conditions
+from suite.specs import RunSpec
+
+PROBE_SHAPE = (2, 32)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process is told."""
+
+    spec: RunSpec
+    source: load.Source
+    folder: Path
+    """Where the checkpoint goes."""
+    probe: Path
+    """Where the logits before saving wait for the reload."""
+    log: Path
+    threads: int
+    jobs: int
+    plugins: tuple[str, ...] = ()
+    data_folder: Path | None = None
+
+
+class Reporter:
+    """Sends stages and results to the parent process, and keeps the seconds of each stage."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and time it."""
+        self.pipe.send(("stage", name))
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def progress(self, detail: str, done: int, total: int) -> None:
+        """How far the current stage is."""
+        self.pipe.send(("progress", (detail, done, total)))
+
+
+def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
+    """Plan, compress, save. Returns the cost of compression."""
+    spec = job.spec
+    with report.stage("plan"):
+        recipe = Recipe.parse(spec.recipe)
+        plan = recipe.plan(load.load_anatomy(job.source), spec.budget, spec.seed)
+    with report.stage("load"):
+        model = load.load_model(job.source, spec.device)
+        tokenizer = load.load_tokenizer(job.source.location)
+        sample = None
+        if "calibration" in recipe.needs:
+            sample = calibration.draw(spec.calibration, tokenizer, spec.seed, job.data_folder)
+    with report.stage("compress"), peak_memory(spec.device) as peak:
+        for index, (method, step) in enumerate(zip(recipe.stages, plan.stages, strict=True)):
+            report.progress(method.name, index, len(recipe.stages))
+            seed_everything(spec.seed)
+            method.compress(model, step, sample)
+    with report.stage("save"):
+        ids = _probe_ids(model.config.vocab_size)
+        checkpoint.save(model, tokenizer, job.folder)
+        checkpoint.save_probe(job.probe, ids, _logits(model, ids))
+    return {
+        "compression": {
+            "seconds": report.seconds["compress"],
+            "peak_bytes": peak.bytes,
+            "peak_how": peak.how,
+        },
+        "calibration_digest": sample.digest if sample else None,
+        "seconds": report.seconds,
+    }
+
+
+def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
+    """Reload and measure. Returns the measurements, the items and the ledger."""
+    spec, protocol = job.spec, job.spec.protocol
+    before = 0 if spec.device.startswith("cuda") else resident_memory()
+    with report.stage("reload"), peak_memory(spec.device) as load_peak:
+        model = checkpoint.reload(job.folder, spec.device)
+        tokenizer = load.load_tokenizer(str(job.folder))
+    with report.stage("audit"):
+        entries = ledger(model)
+        _audit_bytes(total_disk(entries), checkpoint.weight_bytes(job.folder))
+        _audit_budget(job, total_params(entries), total_disk(entries))
+        _audit_logits(model, job.probe)
+    with report.stage("speed"), peak_memory(spec.device) as peak:
+        prefill = speed.prefill(model, protocol.speed)
+        decode = speed.decode(model, protocol.speed)
+    if protocol.dtype != "native":
+        model = model.to(getattr(torch, protocol.dtype))
+    with report.stage("perplexity"):
+        ppl = perplexity.measure(model, tokenizer, protocol.perplexity, job.data_folder)
+    with report.stage("tasks"):
+        tasks, items = harness.evaluate(
+            model,
+            tokenizer,
+            protocol,
+            folder=job.data_folder,
+            limit=spec.limit,
+            progress=report.progress,
+        )
+    with report.stage("training"):  # last, as it moves the weights
+        training = speed.training(model, protocol.speed)
+    return {
+        "measurements": {
+            "sizes": {
+                "params": total_params(entries),
+                "decoder_params": decoder_params(entries, layout_of(model.config)),
+                "bytes_disk": total_disk(entries),
+                "bytes_resident": sum(entry.resident for entry in entries),
+                "bytes_nominal": sum(entry.nominal for entry in entries),
+            },
+            "memory": {
+                "load": max(load_peak.bytes - before, 0),
+                "inference": max(peak.bytes - before, 0),
+                "how": peak.how,
+            },
+            "prefill": prefill,
+            "decode": decode,
+            "training": training,
+            "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "perplexity": ppl,
+            "tasks": tasks,
+        },
+        "conditions": conditions(spec.device, job.jobs, str(model.dtype).removeprefix("torch.")),
+        "seconds": report.seconds,
+        "items": items,
+        "entries": entries,
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; methods never do."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connection) -> None:
+    """Entry point of a worker process: run one half of a cell and send back what it returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    torch.set_num_threads(job.threads)
+    report = Reporter(pipe)
+    try:
+        for plugin in job.plugins:
+            load_plugin(plugin)
+        pipe.send(("result", step(job, report)))
+    except WeighinError as error:
+        pipe.send(("error", str(error)))
+    except Exception as error:  # a method or a library may raise anything; the grid goes on
+        traceback.print_exc()
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+    finally:
+        pipe.close()
+
+
+def _probe_ids(vocab_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(ids.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _audit_bytes(counted: int, stored: int) -> None:
+    if counted != stored:
+        raise CellFailed(
+            f"the ledger counts {counted:,} bytes but the checkpoint stores {stored:,}: something is saved"
+            " that the reloaded model does not hold, or held without being saved"
+        )
+
+
+def _audit_budget(job: Job, params: int, stored: int) -> None:
+    budget = job.spec.budget
+    if budget.metric == "none":
+        return
+    dense = load.load_anatomy(job.source)
+    target = budget.target(dense.size(budget.metric))
+    achieved = params if budget.metric == "params" else stored
+    if achieved > target:
+        raise CellFailed(f"over budget: {achieved:,} {budget.metric} achieved, {target:,} allowed")
+
+
+def _audit_logits(model: Any, probe: Path) -> None:
+    ids, before = checkpoint.load_probe(probe)
+    after = _logits(model, ids).cpu()
+    if not torch.isfinite(after).all():
+        raise CellFailed("the reloaded checkpoint gives NaN or infinite logits")
+    if not torch.equal(before, after):
+        gap = float((before.float() - after.float()).abs().max())
+        raise CellFailed(
+            f"the reloaded checkpoint's logits differ from the compressed model's by up to {gap:.3g}"
+        )

@@ -1,0 +1,1 @@
+"""Tasks, protocols and tracks that ship with the suite, as data files."""
