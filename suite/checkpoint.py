@@ -92,8 +92,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
 
 def reload(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint in its own dtype, in evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    placed: PreTrainedModel = model.to(device).eval()
+    return placed
 
 
 def weight_bytes(folder: Path) -> int:

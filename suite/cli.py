@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from suite.errors import InputError, WeighinError
+from suite.errors import InputError, WeighinError, nearest
+
+if TYPE_CHECKING:
+    from suite.records import Record
 
 app = typer.Typer(
     help="Weigh-in: compressed language models at identical budgets.",
@@ -155,24 +158,14 @@ def board(
     """Make the leaderboard from the records in a results folder."""
     from suite.board.page import page
     from suite.board.tables import FORMATS
-    from suite.errors import nearest
     from suite.records import RecordStore
 
-    formats = FORMATS | {"html": page}
+    formats: dict[str, Callable[[Sequence[Record]], str]] = {**FORMATS, "html": page}
     if format not in formats:
         raise InputError(f"no format is called '{format}'.{nearest(format, formats)}  ({', '.join(formats)})")
     records = RecordStore(results).all()
-    for chosen, name, get in (
-        (model, "model", lambda r: r.spec.model),
-        (protocol, "protocol", lambda r: r.spec.protocol.name),
-    ):
-        known = sorted({get(record) for record in records})
-        for wanted in chosen or ():
-            if wanted not in known:
-                raise InputError(
-                    f"no record has {name} '{wanted}'.{nearest(wanted, known)}  ({', '.join(known)})"
-                )
-        records = [record for record in records if not chosen or get(record) in chosen]
+    records = _only(records, "model", model, lambda record: record.spec.model)
+    records = _only(records, "protocol", protocol, lambda record: record.spec.protocol.name)
     if output is None:
         typer.echo(formats[format](records), nl=False)
         return
@@ -260,7 +253,7 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
 
     for path in plugin or ():
         load_plugin(path)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name in registry:
         cls = registry.get(name)
         lines.append(
@@ -280,15 +273,15 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
     else:
         table = Table("method", "family", "acts on", "needs", "knobs", "source", "defined in")
         for line in lines:
-            knobs = ", ".join(f"{k}={v}" for k, v in line["knobs"].items())  # type: ignore[union-attr]
+            knobs = ", ".join(f"{k}={v}" for k, v in line["knobs"].items())
             table.add_row(
-                str(line["name"]),
-                str(line["family"]),
-                ", ".join(line["acts_on"]) or "–",  # type: ignore[arg-type]
-                ", ".join(line["needs"]) or "–",  # type: ignore[arg-type]
+                line["name"],
+                line["family"],
+                ", ".join(line["acts_on"]) or "–",
+                ", ".join(line["needs"]) or "–",
                 knobs or "–",
-                str(line["source"]),
-                str(line["defined_in"]),
+                line["source"],
+                line["defined_in"],
             )
         output_console.print(table)
     for entry, why in broken_entry_points.items():
@@ -338,6 +331,18 @@ def data_pull(
     for name, files in pull(folder, task, rows):
         console.print(f"{name}: {', '.join(files)}")
     console.print(f"Use it with --data-dir {folder} or WEIGHIN_DATA_DIR={folder}")
+
+
+def _only(
+    records: list[Record], name: str, chosen: list[str] | None, get: Callable[[Record], str]
+) -> list[Record]:
+    known = sorted({get(record) for record in records})
+    for wanted in chosen or ():
+        if wanted not in known:
+            raise InputError(
+                f"no record has {name} '{wanted}'.{nearest(wanted, known)}  ({', '.join(known)})"
+            )
+    return [record for record in records if not chosen or get(record) in chosen]
 
 
 def _default(info: Any) -> str:

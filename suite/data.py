@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def _wikitext(split: str) -> Callable[[Path | None], str]:
             rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)
             return "\n\n".join(row["text"] for row in rows)
         path = _existing(folder / "wikitext2" / f"{split}.txt.gz")
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+        # Lines end at "\n" alone: str.splitlines would also cut at U+2028 and its like.
+        lines = io.StringIO(gzip.decompress(path.read_bytes()).decode(), newline="\n")
         # The hub's rows keep their newline; blank lines become empty rows.
         return "\n\n".join("" if line.strip() == "" else line for line in lines)
 
@@ -105,7 +107,7 @@ def _existing(path: Path) -> Path:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, gzipped or not."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
+    return [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
 
 
 def hub_rows(name: str, config: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:

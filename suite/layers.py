@@ -43,7 +43,7 @@ class ModuleSpec(Frozen):
     def build(self, dtype: torch.dtype, device: str = "meta") -> nn.Module:
         """Construct the module, without weights when `device` is "meta"."""
         with torch.device(device), default_dtype(dtype):
-            return cast(nn.Module, module_types.get(self.type)(**self.arguments))
+            return module_types.get(self.type)(**self.arguments)
 
 
 module_types: Registry[Callable[..., nn.Module]] = Registry("module type")

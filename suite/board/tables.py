@@ -73,11 +73,14 @@ def terminal(records: Sequence[Record]) -> str:
 
 def latex(records: Sequence[Record]) -> str:
     """All tables as LaTeX (booktabs)."""
-    parts = []
-    for table in tables(records):
-        body = [[_plain(value) for value in line] for line in cells(table.rows)]
-        parts.append(f"% {table.title}\n" + tabulate(body, headers(table.rows), tablefmt="latex_booktabs"))
-    return "\n\n".join(parts) + "\n"
+    parts = [
+        f"% {table.title}\n" + tabulate(cells(table.rows), headers(table.rows), tablefmt="latex_booktabs")
+        for table in tables(records)
+    ]
+    text = "\n\n".join(parts) + "\n"
+    for sign, command in {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$"}.items():
+        text = text.replace(sign, command)
+    return text
 
 
 def comma_separated(records: Sequence[Record]) -> str:
@@ -306,12 +309,6 @@ def _accuracy(row: Row) -> str:
         return ""
     low, high = row["accuracy_ci"]
     return f"{100 * row['accuracy']:.1f} ± {50 * (high - low):.1f}"
-
-
-def _plain(text: str) -> str:
-    for symbol, word in {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$"}.items():
-        text = text.replace(symbol, word)
-    return text
 
 
 def _finite(value: Any) -> Any:

@@ -6,10 +6,10 @@ alone is replaced by the data directory when one is given.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def check_tasks(protocol: Protocol) -> None:
     known = set(embedded_tasks()) | set(DATA_FILES)
     unknown = [task.name for task in protocol.tasks if task.name not in known]
     if unknown:
-        known |= set(_task_manager().all_tasks)
+        known |= set(_task_manager(True).all_tasks)
     for name in unknown:
         if name not in known:
             raise InputError(
@@ -85,7 +85,7 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
     if name not in known and name not in _task_manager().all_tasks:
         raise InputError(f"no task is called '{name}'.{nearest(name, known)}")
     try:
-        return dict(_task_manager().load(_specifications(name, folder))["tasks"])
+        return dict(_task_manager(not _is_embedded(name)).load(_specifications(name, folder))["tasks"])
     except InputError:
         raise
     except Exception as error:  # lm-eval fails in many ways on files that do not fit
@@ -134,6 +134,7 @@ def _score(
         model=harness,
         tasks=list(tasks.values()),
         samples=chosen,
+        task_manager=_task_manager(not _is_embedded(spec.name)),
         bootstrap_iters=0,
         log_samples=True,
     )
@@ -168,7 +169,7 @@ def _score(
 
 
 def _specifications(name: str, folder: Path | None) -> list[str | dict[str, Any]]:
-    if (EMBEDDED / f"{name}.jsonl").is_file():
+    if _is_embedded(name):
         shared = yaml.safe_load((EMBEDDED / "task.yaml").read_text())
         return [shared | {"task": name, **_local({"test": str(EMBEDDED / f"{name}.jsonl")})}]
     if folder is None or name not in DATA_FILES:
@@ -185,11 +186,15 @@ def _specifications(name: str, folder: Path | None) -> list[str | dict[str, Any]
     members = [{"task": name, **settings}]
     if name == "mmlu":
         members = [
-            {"task": f"mmlu_{subject}", **settings, "process_docs": partial(_only, subject=subject)}
+            {"task": f"mmlu_{subject}", **settings, "process_docs": functools.partial(_only, subject=subject)}
             for subject in _subjects(files["test"])
         ]
     # Inside a group, lm-eval merges these settings into its own task of that name.
     return [{"group": f"{name}_offline", "task": members}]
+
+
+def _is_embedded(name: str) -> bool:
+    return (EMBEDDED / f"{name}.jsonl").is_file()
 
 
 def _local(files: dict[str, str]) -> dict[str, Any]:
@@ -224,13 +229,9 @@ def _smaller(*limits: int | None) -> int | None:
     return min(given, default=None)
 
 
-def _task_manager() -> Any:
+@functools.cache
+def _task_manager(defaults: bool) -> Any:
+    """lm-eval's task index; its own thousands of tasks, which take seconds to read, only when needed."""
     from lm_eval.tasks import TaskManager
 
-    global _manager
-    if _manager is None:
-        _manager = TaskManager()
-    return _manager
-
-
-_manager: Any = None
+    return TaskManager(include_defaults=defaults)

@@ -97,7 +97,7 @@ def load_config(source: Source) -> PretrainedConfig:
         InputError: it cannot be read, or its family is not supported.
     """
     try:
-        config = AutoConfig.from_pretrained(source.location)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the config of '{source.name}' cannot be read: {_first_line(error)}") from None
     layout_of(config)
@@ -119,8 +119,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 def native_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype the dense checkpoint is stored in."""
-    dtype: Any = getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype: torch.dtype | str = getattr(config, "dtype", None) or torch.float32
+    named: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return named
 
 
 def load_model(source: Source, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -131,12 +132,13 @@ def load_model(source: Source, device: str = "cpu", dtype: torch.dtype | None = 
     """
     config = load_config(source)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=dtype or native_dtype(config)
         )
     except (OSError, ValueError) as error:
         raise InputError(f"the weights of '{source.name}' cannot be read: {_first_line(error)}") from None
-    return model.to(device).eval()  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(device).eval()
+    return placed
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -203,8 +205,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
 
 def _from_hub(name: str) -> Source:
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     hint = nearest(name, ALIASES)
     try:
