@@ -7,7 +7,7 @@ import random
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from methods.layer_pruning import blocks_to_remove
+from methods.layer_pruning import fewest_removed
 from suite.calibration import Calibration
 from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy, drop_blocks
@@ -45,9 +45,11 @@ class RandomLayers(Method[RandomLayersConfig]):
     Config = RandomLayersConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        count = blocks_to_remove(anatomy, target, self.config.remove, self.name)
-        drop = tuple(sorted(random.Random(seed).sample(range(anatomy.n_blocks), count)))
-        return Plan(knobs={"remove": count, "blocks": list(drop)}, drop=drop)
+        def remove(count: int) -> Plan:
+            drop = tuple(sorted(random.Random(seed).sample(range(anatomy.n_blocks), count)))
+            return Plan(knobs={"remove": count, "blocks": list(drop)}, drop=drop)
+
+        return fewest_removed(remove, anatomy, target, self.config.remove, self.name)
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
         drop_blocks(model, plan.drop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
 from suite.errors import InputError
-from suite.method import Method, MethodConfig, Plan, Target, refuse_above, register
+from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy, drop_blocks
 
 Pattern = Literal["max-gap", "input", "output", "middle", "both"]
@@ -36,28 +37,32 @@ class LayerChop(Method[LayerChopConfig]):
     Config = LayerChopConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        blocks = anatomy.n_blocks
-        count = blocks_to_remove(anatomy, target, self.config.remove, self.name)
-        drop = chop(self.config.pattern, blocks, count)
-        return Plan(knobs={"pattern": self.config.pattern, "remove": count, "blocks": list(drop)}, drop=drop)
+        def remove(count: int) -> Plan:
+            drop = chop(self.config.pattern, anatomy.n_blocks, count)
+            knobs = {"pattern": self.config.pattern, "remove": count, "blocks": list(drop)}
+            return Plan(knobs=knobs, drop=drop)
+
+        return fewest_removed(remove, anatomy, target, self.config.remove, self.name)
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
         drop_blocks(model, plan.drop)
 
 
-def blocks_to_remove(anatomy: Anatomy, target: Target | None, given: int | None, name: str) -> int:
-    """The fewest blocks whose removal meets the target; two must stay.
+def fewest_removed(
+    remove: Callable[[int], Plan], anatomy: Anatomy, target: Target | None, given: int | None, name: str
+) -> Plan:
+    """The plan `remove(k)` with the fewest blocks gone that meets the target; two blocks must stay.
 
     Raises:
-        ImpossibleBudget: not even two blocks fit. InputError: `given` leaves fewer than two.
+        ImpossibleBudget: not even two blocks fit.
+        InputError: `given`, the number the user asks for, leaves fewer than two.
     """
     most = max(anatomy.n_blocks - 2, 0)
     if given is not None and given > most:
         raise InputError(f"{name}(remove={given}): at most {most} of {anatomy.n_blocks} blocks can go.")
     if given is not None or target is None:
-        return given or 0
-    refuse_above(anatomy.after(range(1, 1 + most)), target, f"{name} (two blocks must stay)")
-    return next(k for k in range(most + 1) if target.fits(anatomy.after(range(1, 1 + k))))
+        return remove(given or 0)
+    return largest_fitting(map(remove, range(most + 1)), anatomy, target, "two blocks must stay")
 
 
 def chop(pattern: Pattern, blocks: int, count: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ class TruncatedSvd(Method[SvdConfig]):
         def build(share: float) -> Plan:
             return _plan(share, {line.path: rank_at(line, share) for line in linears}, linears)
 
-        share, plan = largest_share(build, anatomy, target, self.name)
+        share, plan = largest_share(build, anatomy, target)
         return top_up(plan, share, anatomy, target) if share < 1 else plan
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
 from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead, replace
-from suite.method import Method, MethodConfig, Plan, Target, refuse_above, register
+from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
 
 Bits = Literal[16, 8, 4]
@@ -43,9 +43,7 @@ class RoundToNearest(Method[RtnConfig]):
         anatomy.dense_linears(self.name)
         if self.config.embedding is not None or target is None:
             return self._plan(anatomy, self.config.embedding or 16)
-        plans = [self._plan(anatomy, bits) for bits in self.embedding_choices]
-        refuse_above(plans[-1].apply(anatomy), target, self.name)
-        return next(plan for plan in plans if target.fits(plan.apply(anatomy)))
+        return largest_fitting((self._plan(anatomy, b) for b in self.embedding_choices), anatomy, target)
 
     def _plan(self, anatomy: Anatomy, embedding: Bits) -> Plan:
         modules = {

@@ -28,9 +28,9 @@ class NotApplicable(WeighinError):
 class ImpossibleBudget(WeighinError):
     """A method cannot get down to a budget; `smallest` is what it can reach (params or bytes)."""
 
-    def __init__(self, message: str, smallest: int):
-        super().__init__(message)
-        self.smallest = smallest
+    def __init__(self, smallest: int, why: str = ""):
+        super().__init__(f"the smallest size that can be reached is {smallest:,}")
+        self.smallest, self.why = smallest, why
 
 
 class CellFailed(WeighinError):

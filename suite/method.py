@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -102,34 +102,38 @@ def register(cls: MethodT) -> MethodT:
 
 
 def largest_share(
-    build: Callable[[float], Plan], anatomy: Anatomy, target: Target, name: str, steps: int = 22
+    build: Callable[[float], Plan], anatomy: Anatomy, target: Target, steps: int = 22
 ) -> tuple[float, Plan]:
-    """Bisect the largest share in [0, 1] whose plan meets the target; sizes must grow with it.
+    """For a continuous knob: the largest share in [0, 1] whose plan meets the target, by bisection.
 
-    `build(0)` must be the smallest plan the method can make and `build(1)` the identity.
+    Sizes must grow with the share; `build(0)` is the smallest plan there is, `build(1)` the identity.
 
     Raises:
         ImpossibleBudget: even share 0 is above the target.
     """
     if target.fits(build(1.0).apply(anatomy)):
         return 1.0, build(1.0)
-    refuse_above(build(0.0).apply(anatomy), target, name)
-    low, high = 0.0, 1.0
+    low, high, best = 0.0, 1.0, largest_fitting([build(0.0)], anatomy, target)
     for _ in range(steps):
         middle = (low + high) / 2
-        if target.fits(build(middle).apply(anatomy)):
-            low = middle
+        plan = build(middle)
+        if target.fits(plan.apply(anatomy)):
+            low, best = middle, plan
         else:
             high = middle
-    return low, build(low)
+    return low, best
 
 
-def refuse_above(smallest: Anatomy, target: Target, name: str) -> None:
-    """Raise unless the smallest anatomy a method can produce meets the target.
+def largest_fitting(plans: Iterable[Plan], anatomy: Anatomy, target: Target, why: str = "") -> Plan:
+    """For discrete knobs: the first of `plans`, largest first, that meets the target.
 
     Raises:
-        ImpossibleBudget: it does not.
+        ImpossibleBudget: none does; `why` tells the user what stands in the way.
     """
-    size = smallest.size(target.metric)
-    if size > target.value:
-        raise ImpossibleBudget(f"{name} cannot reach {target.metric}={target.value:,}", size)
+    smallest = anatomy.size(target.metric)
+    for plan in plans:
+        size = plan.apply(anatomy).size(target.metric)
+        if size <= target.value:
+            return plan
+        smallest = min(smallest, size)
+    raise ImpossibleBudget(smallest, why)

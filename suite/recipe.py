@@ -83,12 +83,14 @@ class Recipe:
             else:
                 plan = self._search(anatomy, target, acting[0], acting[-1], seed)
         except ImpossibleBudget as error:
-            smallest = error.smallest
+            refused = error
         else:
-            smallest = plan.final.size(target.metric)
-            if smallest <= target.value:
+            size = plan.final.size(target.metric)
+            if size <= target.value:
                 return plan
-        raise ImpossibleBudget(_refusal(str(self), budget, anatomy, smallest), smallest)
+            refused = ImpossibleBudget(size, "the knobs given decide the size")
+        refused.args = (_refusal(str(self), budget, anatomy, refused),)
+        raise refused
 
     def _chain(self, anatomy: Anatomy, targets: dict[int, Target], seed: int) -> RecipePlan:
         plans = []
@@ -140,13 +142,15 @@ class RecipePlan:
         return {stage.name: plan.knobs for stage, plan in zip(recipe.stages, self.stages, strict=True)}
 
 
-def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, smallest: int) -> str:
+def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBudget) -> str:
+    smallest, why = error.smallest, f", {error.why}" if error.why else ""
     dense = anatomy.size(budget.metric)
     # Rounded up, so that the figure shown can be asked for.
     reachable = f"{math.ceil(smallest / dense * 1e4) / 1e4:g}" if budget.value <= 1 else f"{smallest}"
     return (
-        f"{recipe} cannot reach {budget}: the smallest it can reach is {budget.metric}={reachable}"
-        f" (embedding and head alone are {anatomy.embedding_params / anatomy.params:.1%} of the parameters)"
+        f"{recipe} cannot reach {budget}: embedding and head alone are"
+        f" {anatomy.embedding_params / anatomy.params:.1%} of the parameters{why};"
+        f" the smallest it can reach is {budget.metric}={reachable}."
     )
 
 
