@@ -82,7 +82,7 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
         InputError: the task's data is neither in the data directory nor on the hub.
     """
     known = {*embedded_tasks(), *DATA_FILES}
-    if name not in known and name not in _task_manager().all_tasks:
+    if name not in known and name not in _task_manager(True).all_tasks:
         raise InputError(f"no task is called '{name}'.{nearest(name, known)}")
     try:
         return dict(_task_manager(not _is_embedded(name)).load(_specifications(name, folder))["tasks"])

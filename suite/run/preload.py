@@ -1,6 +1,12 @@
 """What the fork server imports once, so that every worker starts with it."""
 
+import threading
+
 import lm_eval.evaluator
 import lm_eval.models.huggingface  # noqa: F401
+from tqdm import tqdm
 
 import suite.run.worker  # noqa: F401
+
+# tqdm's default lock is a semaphore of the operating system, which a worker that is killed would leak.
+tqdm.set_lock(threading.RLock())
