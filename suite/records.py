@@ -26,7 +26,7 @@ Status = Literal["ok", "failed", "not_applicable"]
 class Part(BaseModel):
     """A part of a record. Unknown fields of newer versions are ignored when read."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="constants")
 
 
 class Sizes(Part):

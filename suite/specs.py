@@ -22,7 +22,7 @@ _SMALLEST_ABSOLUTE = 1000
 class Frozen(BaseModel):
     """Immutable, hashable and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Budget(Frozen):

@@ -23,6 +23,8 @@ from suite.specs import Frozen, Protocol, TaskSpec
 
 EMBEDDED = Path(str(resources.files("tasks"))) / "embedded"
 
+DEFAULT_FEWSHOT_SEED = 1234
+
 # Task -> split that lm-eval scores -> file in the data directory.
 DATA_FILES: dict[str, dict[str, str]] = {
     "arc_easy": {"test": "arc_easy/validation.jsonl"},
@@ -122,7 +124,7 @@ def evaluate(
 def _score(
     harness: Any, spec: TaskSpec, folder: Path | None, limit: int | None
 ) -> tuple[TaskResult, list[dict[str, Any]]]:
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate as lm_evaluate
 
     tasks = load_tasks(spec.name, folder)
     chosen = _first_items(tasks, limit)
@@ -130,11 +132,14 @@ def _score(
         # lm-eval reads an empty list of samples as "all of them".
         tasks = {name: task for name, task in tasks.items() if chosen[name]}
         chosen = {name: chosen[name] for name in tasks}
-    output = simple_evaluate(
-        model=harness,
-        tasks=list(tasks.values()),
+    for task in tasks.values():  # as lm-eval's own command does
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_FEWSHOT_SEED)
+    output = lm_evaluate(
+        lm=harness,
+        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         samples=chosen,
-        task_manager=_task_manager(not _is_embedded(spec.name)),
         bootstrap_iters=0,
         log_samples=True,
     )

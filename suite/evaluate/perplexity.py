@@ -58,7 +58,7 @@ def measure(
     scored = windows.shape[0] * (windows.shape[1] - 1)
     mean = float(nlls.sum()) / scored
     return Perplexity(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=math.inf if mean > 700 else math.exp(mean),
         nll_per_token=mean,
         tokens=scored,
         window=spec.window,

@@ -1,0 +1,120 @@
+"""Plain singular value decomposition of the decoder's linears."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from suite.layers import LowRankLinear
+from suite.models.anatomy import anatomy_of
+from tests import tiny
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The matrix a linear stands for, factorised or not."""
+    if isinstance(module, LowRankLinear):
+        return module.second.weight @ module.first.weight
+    assert isinstance(module, nn.Linear)
+    return module.weight
+
+
+@torch.no_grad()
+def weight_errors(family: str, share: float) -> dict[str, float]:
+    dense, model = tiny.build(family), tiny.build(family)
+    tiny.compress(model, f"svd(share={share})")
+    return {
+        line.path: float((dense_weight(model.get_submodule(line.path)) - linear.weight).square().sum())
+        for line in anatomy_of(dense).linears
+        if isinstance(linear := dense.get_submodule(line.path), nn.Linear)
+    }
+
+
+def test_the_whole_share_leaves_the_logits_alone(model: PreTrainedModel) -> None:
+    before = tiny.logits_of(model)
+    plan = tiny.compress(model, "svd(share=1)")
+    assert not plan.stages[0].modules
+    assert torch.equal(tiny.logits_of(model), before)
+
+
+def test_the_error_of_every_linear_falls_with_the_share(family: str) -> None:
+    errors = [weight_errors(family, share) for share in (0.1, 0.3, 0.5, 0.7, 0.9, 1)]
+    for path in errors[0]:
+        of_path = [error[path] for error in errors]
+        assert of_path == sorted(of_path, reverse=True)
+        assert of_path[0] > of_path[-1] == 0
+
+
+def test_the_error_is_what_the_discarded_singular_values_hold(llama: PreTrainedModel) -> None:
+    values = torch.linalg.svdvals(llama.get_submodule(DOWN).weight.detach().double())
+    plan = tiny.compress(llama, "svd(share=0.5)")
+    rank = plan.stages[0].modules[DOWN].arguments["rank"]
+    assert rank == int(0.5 * 48 * 112 / (48 + 112))
+    assert weight_errors("llama", 0.5)[DOWN] == pytest.approx(float(values[rank:].square().sum()), rel=1e-4)
+
+
+def test_every_linear_of_the_decoder_is_factorised_and_nothing_else(model: PreTrainedModel) -> None:
+    linears = {line.path for line in anatomy_of(model).linears}
+    untouched = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in linears
+    }
+    tiny.compress(model, "svd(share=0.4)")
+    factorised = {path for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    assert factorised == linears
+    for name, tensor in untouched.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "opt", "gpt-neox"])
+def test_biases_are_kept_as_they_are(family: str) -> None:
+    dense, model = tiny.build(family), tiny.build(family)
+    biased = [line.path for line in anatomy_of(dense).linears if line.bias]
+    assert biased
+    tiny.compress(model, "svd(share=0.3)")
+    for path in biased:
+        assert torch.equal(model.get_submodule(path).second.bias, dense.get_submodule(path).bias)
+
+
+def test_each_linear_keeps_the_same_share(family: str) -> None:
+    model = tiny.build(family)
+    plan = tiny.compress(model, "svd(share=0.5)")
+    for spec in plan.stages[0].modules.values():
+        m, n, rank = (spec.arguments[key] for key in ("out_features", "in_features", "rank"))
+        assert rank * (m + n) <= 0.5 * m * n < (rank + 1) * (m + n)
+
+
+def test_a_solved_budget_differs_by_no_more_than_a_rank_from_the_equal_share(family: str) -> None:
+    model = tiny.build(family)
+    plan = tiny.compress(model, "svd", "params=0.75").stages[0]
+    for spec in plan.modules.values():
+        m, n, rank = (spec.arguments[key] for key in ("out_features", "in_features", "rank"))
+        # The share shown is rounded, so the rank below it may be meant.
+        assert rank - int(plan.knobs["share"] * m * n / (m + n)) in (-1, 0, 1)
+        assert rank * (m + n) <= m * n
+
+
+def test_the_smallest_share_still_keeps_one_rank(llama: PreTrainedModel) -> None:
+    plan = tiny.compress(llama, "svd(share=0)").stages[0]
+    assert {spec.arguments["rank"] for spec in plan.modules.values()} == {1}
+    assert tiny.logits_of(llama).isfinite().all()
+
+
+def test_weights_of_low_rank_are_reproduced(llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for line in anatomy_of(llama).linears:
+            weight = llama.get_submodule(line.path).weight
+            weight.copy_(torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1]) / 30)
+    before = tiny.logits_of(llama)
+    tiny.compress(llama, "svd(share=0.2)")
+    torch.testing.assert_close(tiny.logits_of(llama), before, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_can_be_factorised_again(llama: PreTrainedModel) -> None:
+    plan = tiny.compress(llama, "svd(share=0.9)+svd(share=0.5)")
+    assert anatomy_of(llama).params == plan.final.params
+    assert tiny.logits_of(llama).isfinite().all()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from suite.board import page, tables
+from suite.records import Record
+from tests.suite import examples
+
+REQUIRED = {
+    *("model", "method", "recipe", "budget_metric", "budget_target", "budget_achieved"),
+    *("params", "params_ratio", "decoder_ratio", "bytes_disk", "bytes_resident", "bytes_nominal"),
+    *("peak_memory_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"),
+    *("perplexity", "accuracy", "accuracy_ci", "tasks", "compress_seconds"),
+    *("status", "reason", "record", "checkpoint"),
+}
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    return [
+        examples.finished("dense", "none", params=1000, accuracy=0.7),
+        examples.finished("svd", "params=0.8", params=796, accuracy=0.5),
+        examples.finished("layerchop", "params=0.8", params=750, accuracy=0.55),
+        examples.failed("random-layers", "params=0.8"),
+        examples.finished("svd", "bytes=0.5", params=500, perplexity=math.inf),
+        examples.finished("svd(share=0.3)", "none", params=400),
+    ]
+
+
+def test_json_rows_carry_every_required_key(records: list[Record]) -> None:
+    rows = json.loads(tables.as_json(records))
+    assert len(rows) == len(records)
+    assert all(set(row) >= REQUIRED for row in rows)
+    assert {row["status"] for row in rows} == {"ok", "failed"}
+
+
+def test_achieved_unused_and_ratios_are_computed_from_the_record(records: list[Record]) -> None:
+    row = next(r for r in tables.rows(records) if r["recipe"] == "svd" and r["budget_metric"] == "params")
+    assert row["budget_achieved"] == pytest.approx(0.796)
+    assert row["unused"] == pytest.approx(0.005)
+    assert row["prefill_ratio"] == pytest.approx(1000 / 796)
+    assert row["decoder_ratio"] == pytest.approx(596 / 800)
+
+
+def test_rows_are_ordered_by_accuracy_with_failures_last(records: list[Record]) -> None:
+    table = next(t for t in tables.tables(records) if t.title.endswith("params=0.8"))
+    assert [row["recipe"] for row in table.rows] == ["dense", "layerchop", "svd", "random-layers"]
+
+
+def test_the_reason_of_a_failed_cell_is_under_its_table(records: list[Record]) -> None:
+    text = tables.markdown(records)
+    assert "random-layers: compress: the worker was killed by SIGKILL" in text
+
+
+def test_unbudgeted_rows_have_a_table_of_their_own(records: list[Record]) -> None:
+    assert any(t.title.endswith("unbudgeted") for t in tables.tables(records))
+
+
+def test_infinite_perplexity_is_null_in_json(records: list[Record]) -> None:
+    rows = json.loads(tables.as_json(records))
+    assert next(r for r in rows if r["budget_metric"] == "bytes")["perplexity"] is None
+
+
+def test_csv_is_readable_and_complete(records: list[Record]) -> None:
+    frame = pd.read_csv(io.StringIO(tables.comma_separated(records)))
+    assert len(frame) == len(records)
+    assert frame["accuracy_physical"].notna().sum() == 5
+
+
+def test_latex_has_no_bare_unicode_signs(records: list[Record]) -> None:
+    text = tables.latex(records)
+    assert "toprule" in text
+    assert not {"±", "×", "κ"} & set(text)
+
+
+def test_partial_rows_never_share_a_table_with_full_ones() -> None:
+    full = examples.finished("svd", "params=0.8", params=796)
+    partial = examples.finished("layerchop", "params=0.8", params=750, limit=10)
+    titles = [table.title for table in tables.tables([full, partial])]
+    assert len(titles) == 2
+    assert any("partial: first 10 items" in title for title in titles)
+
+
+def test_the_interval_covers_the_mean_and_narrows_with_more_tasks() -> None:
+    row = tables.rows([examples.finished()])[0]
+    low, high = row["accuracy_ci"]
+    assert low < row["accuracy"] < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.05, rel=1e-3)
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(records: list[Record]) -> None:
+    records[3].failure.reason = "<script>alert(1)</script>"  # type: ignore[union-attr]
+    html = page.page(records)
+    assert "<script>" not in html
+    assert "http" not in html
+    assert "layerchop" in html

