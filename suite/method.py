@@ -44,11 +44,10 @@ class Plan(Frozen):
 
 @dataclass(frozen=True)
 class Target:
-    """The budget as a method sees it: an absolute size in `params` or `bytes`, and the run's seed."""
+    """The budget as a method sees it: an absolute size in `params` or `bytes`."""
 
     metric: Metric
     value: int
-    seed: int = 0
 
     def fits(self, anatomy: Anatomy) -> bool:
         """Whether a model of these shapes meets the budget."""

@@ -69,7 +69,7 @@ class Recipe:
         """
         if budget.metric == "none":
             return self._chain(anatomy, {}, seed)
-        target = Target(budget.metric, budget.target(anatomy.size(budget.metric)), seed)
+        target = Target(budget.metric, budget.target(anatomy.size(budget.metric)))
         acting = [i for i, stage in enumerate(self.stages) if budget.metric in stage.acts_on]
         if not acting:
             names = " and ".join(stage.name for stage in self.stages)
@@ -104,7 +104,7 @@ class Recipe:
         dense = anatomy.size(target.metric)
 
         def attempt(size: int) -> RecipePlan:
-            return self._chain(anatomy, {first: Target(target.metric, size, seed), last: target}, seed)
+            return self._chain(anatomy, {first: Target(target.metric, size), last: target}, seed)
 
         try:
             return attempt(dense)
@@ -124,7 +124,7 @@ class Recipe:
         for before in self.stages[:stage]:
             anatomy = before.plan(anatomy, None, seed).apply(anatomy)
         try:
-            self.stages[stage].plan(anatomy, Target(target.metric, 1, seed), seed)
+            self.stages[stage].plan(anatomy, Target(target.metric, 1), seed)
         except ImpossibleBudget as error:
             return error.smallest
         return 1
@@ -138,8 +138,11 @@ class RecipePlan:
     final: Anatomy
 
     def knobs(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
-        """Solved knobs by stage name."""
-        return {stage.name: plan.knobs for stage, plan in zip(recipe.stages, self.stages, strict=True)}
+        """Solved knobs by stage name; a second stage of the same name is `name #2`."""
+        solved: dict[str, dict[str, Any]] = {}
+        for number, (stage, plan) in enumerate(zip(recipe.stages, self.stages, strict=True), start=1):
+            solved[stage.name if stage.name not in solved else f"{stage.name} #{number}"] = plan.knobs
+        return solved
 
 
 def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBudget) -> str:
@@ -150,7 +153,7 @@ def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBud
     return (
         f"{recipe} cannot reach {budget}: embedding and head alone are"
         f" {anatomy.embedding_params / anatomy.params:.1%} of the parameters{why};"
-        f" the smallest it can reach is {budget.metric}={reachable}."
+        f" the smallest it can reach is {budget.metric}={reachable}"
     )
 
 
@@ -166,6 +169,8 @@ def _stage(name: str, arguments: str, text: str) -> Method[Any]:
         key, equals, value = argument.partition("=")
         if not equals:
             raise InputError(f"recipe '{text}': '{argument}' is not knob=value.")
+        if key.strip() in knobs:
+            raise InputError(f"recipe '{text}': '{key.strip()}' is given twice.")
         try:
             knobs[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:

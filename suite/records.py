@@ -178,17 +178,24 @@ class RecordStore:
         item_rows: Iterable[dict[str, Any]] = (),
         entries: Iterable[Entry] = (),
     ) -> Path:
-        """Write a record; what was there before stays whole until the new one is complete."""
+        """Write a record; what was there before stays whole until the new one is complete.
+
+        Raises:
+            InputError: the folder cannot be written (a full disk, missing rights).
+        """
         path = self.path(record.spec)
-        path.parent.mkdir(parents=True, exist_ok=True)
         table = items.frame(list(item_rows))
-        if len(table):
-            _atomic(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
         ledger = pd.DataFrame([vars(entry) for entry in entries])
-        if len(ledger):
-            _atomic(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
         text = record.model_dump_json(indent=1)
-        _atomic(path, lambda to: to.write_text(text + "\n"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if len(table):
+                _atomic(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
+            if len(ledger):
+                _atomic(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
+            _atomic(path, lambda to: to.write_text(text + "\n"))
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be written: {error}. Earlier records are untouched.") from None
         return path
 
 

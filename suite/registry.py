@@ -49,12 +49,11 @@ class Registry(Generic[ItemT]):
         load_entry_points()
         if name in self._items:
             return self._items[name]
-        plural = {"method": "methods", "module type": "module types"}.get(self.kind, self.kind)
         broken = "".join(f"\nNot importable: {entry} ({why})" for entry, why in broken_entry_points.items())
         listing = (
             f"(weighin methods lists all {len(self._items)}.)"
             if self.kind == "method"
-            else f"(Known {plural}: {', '.join(self._items)}; import the plug-in that defines it.)"
+            else f"(Known: {', '.join(self._items)}; import the plug-in that defines it.)"
         )
         raise InputError(f"no {self.kind} is called '{name}'.{nearest(name, self._items)}  {listing}{broken}")
 

@@ -177,8 +177,7 @@ class Grid:
         except _CellBroke as broke:
             self._finish(cell, "failed", Failure(stage=cell.stage, reason=str(broke)))
         finally:
-            if cell.state != "running" or stop.is_set():
-                shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             listener(cell)
 
     def _supervise(

@@ -60,7 +60,7 @@ def test_a_failed_write_leaves_the_old_record_whole(tmp_path: Path, monkeypatch:
         raise OSError("No space left on device")
 
     monkeypatch.setattr("suite.records.os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         store.save(examples.finished(accuracy=0.1))
     assert path.read_text() == before
     assert list(path.parent.iterdir()) == [path]

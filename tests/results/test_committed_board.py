@@ -1,0 +1,63 @@
+"""The committed results tell the truth about themselves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from suite.board.tables import FORMATS
+from suite.records import Record, RecordStore
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+STORE = RecordStore(RESULTS)
+RECORDS = STORE.all()
+FINISHED = [record for record in RECORDS if record.status == "ok"]
+DENSE = [record for record in FINISHED if record.spec.recipe == "dense"]
+
+
+def label(record: Record) -> str:
+    return f"{record.spec.protocol.name}-{record.spec.recipe}-{record.spec.budget}"
+
+
+@pytest.mark.parametrize("record", FINISHED, ids=label)
+def test_every_cell_makes_its_weight_and_matches_its_plan(record: Record) -> None:
+    measured, planned, budget = record.measurements, record.planned, record.spec.budget
+    assert measured is not None
+    assert planned is not None
+    assert (measured.sizes.params, measured.sizes.bytes_disk) == (planned.params, planned.bytes_disk)
+    if budget.metric == "params":
+        assert measured.sizes.params <= budget.target(record.dense.params)
+    if budget.metric == "bytes":
+        assert measured.sizes.bytes_disk <= budget.target(record.dense.bytes_disk)
+
+
+@pytest.mark.parametrize("record", FINISHED, ids=label)
+def test_task_values_are_the_means_of_the_stored_items(record: Record) -> None:
+    assert record.measurements is not None
+    items = pd.read_parquet(STORE.path(record.spec).with_suffix(".items.parquet"))
+    means = items.groupby("task")["correct"].mean().to_dict()
+    assert {task.task: task.value for task in record.measurements.tasks} == pytest.approx(means)
+
+
+@pytest.mark.parametrize("record", [r for r in DENSE if r.spec.protocol.name == "embedded"], ids=label)
+def test_the_dense_model_is_above_chance_and_below_the_ceiling_on_every_embedded_family(
+    record: Record,
+) -> None:
+    items = pd.read_parquet(STORE.path(record.spec).with_suffix(".items.parquet"))
+    for family, group in items.groupby("family"):
+        accuracy = group["correct"].mean()
+        chance = (1 / group["log_likelihoods"].map(len)).mean()
+        error = math.sqrt(chance * (1 - chance) / len(group))
+        assert chance + 2 * error < accuracy < 0.95, family
+
+
+def test_there_is_a_dense_row_for_every_protocol_on_the_board() -> None:
+    assert {r.spec.protocol.name for r in DENSE} == {r.spec.protocol.name for r in RECORDS}
+
+
+@pytest.mark.parametrize("suffix", ["md", "csv", "json", "tex"])
+def test_the_committed_board_is_the_one_its_records_give(suffix: str) -> None:
+    assert (RESULTS / f"board.{suffix}").read_text() == FORMATS[suffix](RECORDS)

