@@ -72,7 +72,7 @@ def test_a_name_like_no_other_is_offered_nothing() -> None:
 
 
 def test_an_unknown_module_type_lists_those_that_are_known() -> None:
-    with pytest.raises(InputError, match=r"Known module types: .*packed_linear.*import the plug-in"):
+    with pytest.raises(InputError, match=r"Known: .*packed_linear.*import the plug-in"):
         module_types.get("tensor_train")
 
 
