@@ -271,6 +271,9 @@ def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
         "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
         " parameters kept; peak: highest memory during inference above the empty process"
     )
+    notes.append(
+        "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
+    )
     if has_dense:
         notes.append("in brackets: ratio to dense, measured apart; peak and ratios carry the machine's noise")
     return tuple(notes)
