@@ -95,7 +95,8 @@ def run(
 ) -> None:
     """Compress, measure and record a grid of cells; what is already recorded is not computed again."""
     from suite import data
-    from suite.board.tables import rows, terminal
+    from suite.board.tables import as_json as json_rows
+    from suite.board.tables import terminal
     from suite.run.display import Display
     from suite.run.runner import Grid, Options
     from suite.specs import Track
@@ -138,7 +139,7 @@ def run(
         raise typer.Exit(130) from None
     records = [cell.record for cell in grid.cells]
     if as_json:
-        typer.echo(json.dumps(rows(records), indent=1))
+        typer.echo(json_rows(records), nl=False)
     else:
         typer.echo(terminal(records))
         console.print(f"Records are in {results}/records. Next: weighin board --results {results}")

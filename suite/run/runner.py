@@ -126,7 +126,7 @@ class Grid:
 
     def _cell(self, spec: RunSpec, source: load.Source, recipe: Recipe, anatomy: Anatomy) -> Cell:
         existing = self.store.find(spec)
-        if existing is not None and existing.status == "ok":
+        if existing is not None and existing.status == "ok" and self._has_wanted_checkpoint(existing):
             return Cell(spec, source, existing, state="cached")
         record = Record(status="failed", spec=spec, model_note=source.note, dense=_sizes(anatomy))
         cell = Cell(spec, source, record)
@@ -237,6 +237,11 @@ class Grid:
         cell.state = record.status = state
         record.failure = failure
         self.store.save(record)
+
+    def _has_wanted_checkpoint(self, record: Record) -> bool:
+        """Whether a finished cell still has the checkpoint that this run was asked to keep."""
+        folder = self._checkpoint_folder(record.spec)
+        return folder is None or (str(folder) == record.checkpoint and folder.is_dir())
 
     def _checkpoint_folder(self, spec: RunSpec) -> Path | None:
         if self.options.keep_checkpoints is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,10 @@ def test_kept_checkpoints_load_with_plain_transformers(track: Track, tmp_path: P
         assert cell.record.checkpoint is not None
         model = AutoModelForCausalLM.from_pretrained(cell.record.checkpoint)
         assert model.config.model_type == "llama"
+    assert {cell.state for cell in run(track, tmp_path).cells} == {"cached"}
+    shutil.rmtree(tmp_path / "kept")
+    again = Grid(track, Options(results=tmp_path / "results", keep_checkpoints=tmp_path / "kept"))
+    assert {cell.state for cell in again.cells} == {"waiting"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
