@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM
 
+from suite.board.tables import markdown
 from suite.errors import InputError
 from suite.run.runner import STAGES, Cell, Grid, Options
 from suite.specs import Track, digest_of
@@ -134,6 +135,14 @@ def test_a_cell_that_takes_too_long_is_given_up(track: Track, tmp_path: Path) ->
     assert failure is not None
     assert failure.reason == "timed out after 3 s"
     assert failure.stage == "compress"
+
+
+def test_a_plug_in_from_outside_runs_and_lands_on_the_board(track: Track, tmp_path: Path) -> None:
+    plugin = examples.write_plugin(tmp_path, "from-elsewhere")
+    track = track.model_copy(update={"recipes": ("from-elsewhere+rtn-int8",), "budgets": ("bytes=0.8",)})
+    grid = run(track, tmp_path, plugins=(plugin,))
+    assert [cell.state for cell in grid.cells] == ["ok", "ok"]
+    assert "from-elsewhere+rtn-int8" in markdown(grid.store.all())
 
 
 def test_editing_a_plug_in_makes_its_old_cells_stale(track: Track, tmp_path: Path) -> None:
