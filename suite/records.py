@@ -124,8 +124,7 @@ class RecordStore:
 
     def path(self, spec: RunSpec) -> Path:
         """Where the record of a cell lives."""
-        slug = Path(spec.model.rstrip("/")).name if Path(spec.model).is_dir() else spec.model
-        return self.folder / "records" / slug.replace("/", "--") / f"{spec.digest()}.json"
+        return self.folder / "records" / spec.model.replace("/", "--") / f"{spec.digest()}.json"
 
     def find(self, spec: RunSpec) -> Record | None:
         """The record of a cell, if there is one."""

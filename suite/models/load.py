@@ -59,11 +59,6 @@ class Source:
     digest: str
     note: str = ""
 
-    @property
-    def slug(self) -> str:
-        """A file-system name for the model."""
-        return self.name.strip("/").replace("/", "--").replace(" ", "_")
-
 
 def resolve(name: str) -> Source:
     """Find the model a user named, dequantizing a GGUF into the user cache when needed.
