@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+from suite.conformance import tiny  # noqa: E402
 from suite.data import DATA_DIR_VARIABLE, data_directory  # noqa: E402
-from tests import tiny  # noqa: E402
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

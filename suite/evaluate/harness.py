@@ -7,9 +7,10 @@ alone is replaced by the data directory when one is given.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from suite.specs import Frozen, Protocol, TaskSpec
 EMBEDDED = Path(str(resources.files("tasks"))) / "embedded"
 
 DEFAULT_FEWSHOT_SEED = 1234
+
+Item = tuple[str, int]
+"""One item: the (sub)task that holds it and its place there."""
 
 # Task -> split that lm-eval scores -> file in the data directory.
 DATA_FILES: dict[str, dict[str, str]] = {
@@ -98,6 +102,100 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
         ) from None
 
 
+class Scorer:
+    """Scores items of a protocol's tasks on one model: all of them, some, or more and more of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: Protocol,
+        folder: Path | None = None,
+    ):
+        """`folder` is the data directory, None for the hub."""
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        self.protocol, self.folder = protocol, folder
+        self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
+        self._tasks: dict[str, dict[str, Any]] = {}
+
+    def items(self, spec: TaskSpec, limit: int | None = None) -> list[Item]:
+        """The items of a task, `limit` of them when given, spread evenly over the parts of a group.
+
+        Raises:
+            InputError: the task's data cannot be loaded.
+        """
+        sizes = {name: len(task.eval_docs) for name, task in self._load(spec.name).items()}
+        wanted = _smaller(limit, spec.limit, sum(sizes.values()))
+        rounds = ((name, i) for i in range(max(sizes.values())) for name in sizes if i < sizes[name])
+        return sorted(
+            itertools.islice(rounds, wanted), key=lambda item: (list(sizes).index(item[0]), item[1])
+        )
+
+    def score(self, spec: TaskSpec, chosen: Sequence[Item]) -> list[dict[str, Any]]:
+        """One row (see `suite.evaluate.items`) for each of the chosen items.
+
+        Raises:
+            InputError: the task lacks the protocol's metric or filter.
+        """
+        from lm_eval.evaluator import evaluate as lm_evaluate
+
+        # lm-eval reads an empty list of samples as "all of them".
+        samples: dict[str, list[int]] = {}
+        for name, index in chosen:
+            samples.setdefault(name, []).append(index)
+        output = lm_evaluate(
+            lm=self.harness,
+            task_dict={
+                "tasks": {name: self._load(spec.name)[name] for name in samples},
+                "groups": {},
+                "group_map": {},
+            },
+            samples=samples,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        rows: list[dict[str, Any]] = []
+        for name, logged in output["samples"].items():
+            kept = [sample for sample in logged if sample["filter"] == spec.filter]
+            if not kept:
+                filters = sorted({sample["filter"] for sample in logged})
+                raise InputError(
+                    f"task '{spec.name}' has no filter '{spec.filter}' (it has {', '.join(filters)})."
+                )
+            if spec.metric not in kept[0]:
+                raise InputError(f"task '{spec.name}' has no metric '{spec.metric}'.")
+            rows += rows_from_samples(spec.name, name, spec.metric, kept)
+        return rows
+
+    def result(self, spec: TaskSpec, rows: Sequence[dict[str, Any]]) -> TaskResult:
+        """The accuracy that rows of one task add up to."""
+        first = next(iter(self._load(spec.name).values()))
+        chances = [1 / len(row["log_likelihoods"]) for row in rows if len(row["log_likelihoods"]) > 1]
+        mean = sum(row["correct"] for row in rows) / len(rows)
+        return TaskResult(
+            task=spec.name,
+            metric=spec.metric,
+            value=mean,
+            standard_error=math.sqrt(mean * (1 - mean) / max(len(rows) - 1, 1)),
+            items=len(rows),
+            version=str(first.VERSION),
+            fewshot=int(first.config.num_fewshot or 0),
+            chance=sum(chances) / len(chances) if len(chances) == len(rows) else None,
+        )
+
+    def _load(self, name: str) -> dict[str, Any]:
+        if name not in self._tasks:
+            tasks = load_tasks(name, self.folder)
+            for task in tasks.values():  # as lm-eval's own command does
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=DEFAULT_FEWSHOT_SEED)
+            self._tasks[name] = tasks
+        return self._tasks[name]
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,69 +206,14 @@ def evaluate(
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> tuple[list[TaskResult], list[dict[str, Any]]]:
     """Score every task of the protocol; returns the results and one row per item."""
-    from lm_eval.models.huggingface import HFLM
-
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
+    scorer = Scorer(model, tokenizer, protocol, folder)
     results, items = [], []
     for index, spec in enumerate(protocol.tasks):
         progress(spec.name, index, len(protocol.tasks))
-        result, rows = _score(harness, spec, folder, _smaller(limit, spec.limit))
-        results.append(result)
+        rows = scorer.score(spec, scorer.items(spec, limit))
+        results.append(scorer.result(spec, rows))
         items += rows
     return results, items
-
-
-def _score(
-    harness: Any, spec: TaskSpec, folder: Path | None, limit: int | None
-) -> tuple[TaskResult, list[dict[str, Any]]]:
-    from lm_eval.evaluator import evaluate as lm_evaluate
-
-    tasks = load_tasks(spec.name, folder)
-    chosen = _first_items(tasks, limit)
-    if chosen is not None:
-        # lm-eval reads an empty list of samples as "all of them".
-        tasks = {name: task for name, task in tasks.items() if chosen[name]}
-        chosen = {name: chosen[name] for name in tasks}
-    for task in tasks.values():  # as lm-eval's own command does
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_FEWSHOT_SEED)
-    output = lm_evaluate(
-        lm=harness,
-        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
-        samples=chosen,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    rows: list[dict[str, Any]] = []
-    for name, samples in output["samples"].items():
-        kept = [sample for sample in samples if sample["filter"] == spec.filter]
-        if not kept:
-            filters = sorted({sample["filter"] for sample in samples})
-            raise InputError(
-                f"task '{spec.name}' has no filter '{spec.filter}' (it has {', '.join(filters)})."
-            )
-        if spec.metric not in kept[0]:
-            raise InputError(f"task '{spec.name}' has no metric '{spec.metric}'.")
-        rows += rows_from_samples(spec.name, name, spec.metric, kept)
-    chances = [1 / len(row["log_likelihoods"]) for row in rows if len(row["log_likelihoods"]) > 1]
-    values = [row["correct"] for row in rows]
-    mean = sum(values) / len(values)
-    first = next(iter(tasks.values()))
-    return (
-        TaskResult(
-            task=spec.name,
-            metric=spec.metric,
-            value=mean,
-            standard_error=math.sqrt(mean * (1 - mean) / max(len(values) - 1, 1)),
-            items=len(values),
-            version=str(first.VERSION),
-            fewshot=int(first.config.num_fewshot or 0),
-            chance=sum(chances) / len(chances) if len(chances) == len(rows) else None,
-        ),
-        rows,
-    )
 
 
 def _specifications(name: str, folder: Path | None) -> list[str | dict[str, Any]]:
@@ -216,22 +259,8 @@ def _only(dataset: Any, subject: str) -> Any:
     return dataset.filter(lambda row: row["subject"] == subject)
 
 
-def _first_items(tasks: dict[str, Any], limit: int | None) -> dict[str, list[int]] | None:
-    """The first `limit` items, spread evenly over the parts of a group."""
-    if limit is None:
-        return None
-    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
-    taken = dict.fromkeys(sizes, 0)
-    while sum(taken.values()) < min(limit, sum(sizes.values())):
-        open_parts = [name for name in sizes if taken[name] < sizes[name]]
-        for name in open_parts[: limit - sum(taken.values())]:
-            taken[name] += 1
-    return {name: list(range(count)) for name, count in taken.items()}
-
-
-def _smaller(*limits: int | None) -> int | None:
-    given: Iterable[int] = [limit for limit in limits if limit is not None]
-    return min(given, default=None)
+def _smaller(*limits: int | None) -> int:
+    return min(limit for limit in limits if limit is not None)
 
 
 @functools.cache

@@ -9,13 +9,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig
 
 from suite.board.tables import markdown, rows
+from suite.conformance import tiny
 from suite.measure.ledger import ledger
 from suite.models.anatomy import Anatomy, anatomy_of
 from suite.models.load import skeleton
 from suite.recipe import Recipe
 from suite.records import RecordStore
 from suite.specs import Budget
-from tests import tiny
 from tests.suite import examples
 
 LLAMA_70B = LlamaConfig(

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from suite.conformance import tiny
 from suite.models.anatomy import anatomy_of
 from suite.recipe import Recipe
 from suite.specs import Budget
-from tests import tiny
 
 
 def drawn(seed: int, budget: str = "none", recipe: str = "random-layers(remove=2)") -> tuple[int, ...]:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from methods.layer_pruning import Pattern, chop
+from suite.conformance import tiny
 from suite.errors import InputError
 from suite.models.anatomy import anatomy_of, layout_of
 from suite.recipe import Recipe
 from suite.specs import Budget
-from tests import tiny
 
 PATTERNS = get_args(Pattern)
 

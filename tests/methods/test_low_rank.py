@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from suite.conformance import tiny
 from suite.layers import LowRankLinear
 from suite.models.anatomy import anatomy_of
-from tests import tiny
 
 DOWN = "model.layers.1.mlp.down_proj"
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from suite.conformance import tiny
 from suite.layers import PackedEmbedding, PackedLinear, TiedHead
 from suite.models.anatomy import anatomy_of, layout_of
-from tests import tiny
 
 
 def distance(family: str, recipe: str) -> float:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from suite import checkpoint
+from suite.conformance import tiny
 from suite.errors import InputError
 from suite.layers import ModuleSpec, PackedLinear, TiedHead
 from suite.models.anatomy import anatomy_of, layout_of
-from tests import tiny
 
 CASES = [
     ("svd", "params=0.8"),

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from suite.conformance import tiny
 from suite.errors import ImpossibleBudget, InputError, NotApplicable
 from suite.method import Plan, methods
 from suite.models.anatomy import Anatomy, anatomy_of
 from suite.recipe import Recipe, RecipePlan
 from suite.specs import Budget
-from tests import tiny
 
 FAMILIES = st.sampled_from(tiny.FAMILIES)
 CONTINUOUS = ["svd"]

@@ -15,12 +15,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from suite.conformance import tiny
 from suite.data import read_jsonl
 from suite.errors import InputError
 from suite.evaluate.harness import DATA_FILES, EMBEDDED, check_tasks, embedded_tasks, evaluate, load_tasks
 from suite.evaluate.items import COLUMNS, frame
 from suite.specs import CalibrationSpec, PerplexitySpec, Protocol, TaskSpec
-from tests import tiny
 
 METRICS = {"gsm8k": ("exact_match", "strict-match"), "triviaqa": ("exact_match", "remove_whitespace")}
 CHANCE = {"arc_easy": 0.25, "arc_challenge": 0.25, "openbookqa": 0.25, "mmlu": 0.25, "hellaswag": 0.25}

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from suite import data
 from suite.calibration import tokens_digest
+from suite.conformance import tiny
 from suite.errors import InputError
 from suite.evaluate.perplexity import measure, window_nlls
 from suite.specs import PerplexitySpec
-from tests import tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times a day."  # 68 bytes
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite import checkpoint
+from suite.conformance import tiny
 from suite.layers import PackedLinear
 from suite.measure.ledger import ledger, tensor_bytes, total_disk, total_params
-from tests import tiny
 
 RECIPES = [
     "dense",

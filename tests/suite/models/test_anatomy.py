@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, PreTrainedModel
 
+from suite.conformance import tiny
 from suite.errors import InputError
 from suite.layers import LowRankLinear, ModuleSpec, replace
 from suite.models.anatomy import LAYOUTS, Anatomy, anatomy_of, drop_blocks, layout_of
-from tests import tiny
 
 EVERY = list(tiny.CONFIGS)
 LLAMA_ROLES = {"query", "key", "value", "output", "gate", "up", "down"}

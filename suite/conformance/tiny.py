@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, and what the tests do with them again and again."""
+"""Tiny models of every supported family, and what checks and tests do with them again and again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
             for name, parameter in model.named_parameters():
                 offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(offset + 0.08 * torch.randn(parameter.shape))
-    return model.eval()
+        model.eval()
+    return model
 
 
 def on_meta(family: str) -> PreTrainedModel:
@@ -138,7 +139,8 @@ def logits_of(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 def greedy(model: PreTrainedModel, *, use_cache: bool, new: int = 6) -> Tensor:
     """Greedy generation of `new` tokens after a fixed prompt of one sequence."""
     prompt = token_ids(1, 7, seed=3)
-    out: Tensor = model.generate(
+    generator: Any = model
+    out: Tensor = generator.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new,

@@ -1,0 +1,42 @@
+"""The command line. Exit codes: 0 fine, 1 verdict negative, 2 bad input, 3 some cells failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from suite.cli import run, show  # noqa: F401 (importing them adds their commands)
+from suite.cli.common import app, console
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from suite import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Entry point of the `weighin` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        sys.exit(130)
