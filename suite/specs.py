@@ -132,7 +132,8 @@ class Protocol(Frozen):
     tasks: tuple[TaskSpec, ...]
     speed: SpeedSpec = SpeedSpec()
     dtype: Literal["bfloat16", "float32", "native"] = "native"
-    batch_size: int = 32
+    tokens_per_batch: int | None = None
+    """Tokens in a padded evaluation batch; by default 512 on a CPU and 16,384 on an accelerator."""
 
     @classmethod
     def load(cls, name: str) -> Protocol:

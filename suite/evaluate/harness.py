@@ -113,11 +113,11 @@ class Scorer:
         folder: Path | None = None,
     ):
         """`folder` is the data directory, None for the hub."""
-        from lm_eval.models.huggingface import HFLM
+        from suite.evaluate.model import WeighinLM
 
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         self.protocol, self.folder = protocol, folder
-        self.harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
+        self.harness = WeighinLM(model, tokenizer=tokenizer, tokens_per_batch=protocol.tokens_per_batch)
         self._tasks: dict[str, dict[str, Any]] = {}
 
     def items(self, spec: TaskSpec, limit: int | None = None) -> list[Item]:

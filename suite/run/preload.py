@@ -2,10 +2,9 @@
 
 import threading
 
-import lm_eval.evaluator
-import lm_eval.models.huggingface  # noqa: F401
 from tqdm import tqdm
 
+import suite.evaluate.model
 import suite.run.worker  # noqa: F401
 
 # tqdm's default lock is a semaphore of the operating system, which a worker that is killed would leak.

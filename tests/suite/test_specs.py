@@ -126,7 +126,7 @@ OTHER: dict[str, Any] = {
     "recipe": "layerchop",
     "method_versions": ("svd@2",),
     "budget": Budget.parse("params=0.7"),
-    "protocol": PROTOCOL.model_copy(update={"batch_size": 7}),
+    "protocol": PROTOCOL.model_copy(update={"tokens_per_batch": 7}),
     "protocol_digest": "deg",
     "calibration": CalibrationSpec(source="pydoc", count=3, length=8),
     "seed": 1,

@@ -33,14 +33,14 @@ def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def protocol(*tasks: TaskSpec | str, batch_size: int = 4) -> Protocol:
+def protocol(*tasks: TaskSpec | str, tokens_per_batch: int = 128) -> Protocol:
     return Protocol(
         name="test",
         description="",
         calibration=CalibrationSpec(source="pydoc", count=1, length=8),
         perplexity=PerplexitySpec(source="pydoc", window=8),
         tasks=tuple(TaskSpec(name=t, metric="acc") if isinstance(t, str) else t for t in tasks),
-        batch_size=batch_size,
+        tokens_per_batch=tokens_per_batch,
     )
 
 
@@ -147,7 +147,7 @@ def test_the_smaller_of_two_limits_is_respected(
     found: int | None,
 ) -> None:
     task = TaskSpec(name="pronoun", metric="acc", limit=of_task)
-    (result,), rows = evaluate(llama, tokenizer, protocol(task, batch_size=32), limit=of_run)
+    (result,), rows = evaluate(llama, tokenizer, protocol(task, tokens_per_batch=1024), limit=of_run)
     expected = documented("pronoun")[:found]
     assert result.items == len(rows) == len(expected)
     assert [row["item"] for row in rows] == [item["id"] for item in expected]
@@ -157,7 +157,7 @@ def test_the_batch_size_changes_no_outcome(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     task = TaskSpec(name="next", metric="acc_norm", limit=10)
-    one, many = (evaluate(llama, tokenizer, protocol(task, batch_size=size))[1] for size in (1, 16))
+    one, many = (evaluate(llama, tokenizer, protocol(task, tokens_per_batch=size))[1] for size in (1, 4096))
     for first, second in zip(one, many, strict=True):
         assert first["log_likelihoods"] == pytest.approx(second["log_likelihoods"], rel=1e-5)
         assert first["correct"] == second["correct"]
@@ -251,7 +251,7 @@ def test_a_task_of_the_data_directory_is_scored_item_by_item(
     task = TaskSpec(name=name, metric=metric, filter=chosen)  # type: ignore[arg-type]
     limit = 1 if name == "gsm8k" else 5
     (result,), rows = evaluate(
-        tiny.build("llama"), tokenizer, protocol(task, batch_size=8), folder=data_folder, limit=limit
+        tiny.build("llama"), tokenizer, protocol(task, tokens_per_batch=256), folder=data_folder, limit=limit
     )
     assert result.items == len(rows) == limit
     assert result.value == pytest.approx(sum(row["correct"] for row in rows) / limit)

@@ -1,0 +1,7 @@
+"""lm-eval's own command line, with the suite's model (`--model weighin`) and checkpoints known to it."""
+
+from lm_eval.__main__ import cli_evaluate
+
+import suite.evaluate.model  # noqa: F401 (importing it registers the model)
+
+cli_evaluate()
