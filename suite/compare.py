@@ -284,7 +284,8 @@ def verdict(reference: str, line: Mapping[str, Any]) -> str:
     elif high < 0:
         text = f"worse than {reference} by {-accuracy['estimate']:.1f} points [{-high:.1f}, {-low:.1f}]"
     else:
-        text = f"not told apart from {reference} in accuracy (±{(high - low) / 2:.1f})"
+        middle = f"{accuracy['estimate']:+.1f}".replace("-", "−")
+        text = f"not told apart from {reference} in accuracy ({middle} ± {(high - low) / 2:.1f} points)"
     likelihood, ratio = line["log_probability_difference"], line["perplexity_ratio"]
     if low <= 0 <= high and likelihood and not likelihood["low"] <= 0 <= likelihood["high"]:
         word = "more" if likelihood["estimate"] > 0 else "less"

@@ -31,7 +31,7 @@ def _text(result: Result, style: str, mark: str) -> str:
     partial = f" (partial: first {result['limit']} items a task)" if result["limit"] else ""
     title = (
         f"{mark}{result['model']} · {result['protocol']}{partial} · against {reference} · {result['items']:,}"
-        f" items in {len(lines[0]['tasks'])} tasks"
+        f" items, {len(lines[0]['tasks'])} task{'s' if len(lines[0]['tasks']) > 1 else ''}"
     )
     summary = [
         [

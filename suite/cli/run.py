@@ -159,22 +159,30 @@ def plan(
     budget: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe; all methods when not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    protocol: Annotated[str, typer.Option(help="Protocol whose resolution is shown.")] = "embedded",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task, as for a run.")] = None,
+    data_dir: DataDir = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show what every method would do for a budget, without reading any weights."""
-    from suite.board.plans import plan_rows, plan_table
+    """Show what every method would do for a budget, and which accuracy difference a run could show."""
+    from suite import data
+    from suite.board.plans import detectable, detectable_line, item_counts, plan_rows, plan_table
     from suite.registry import load_plugin
-    from suite.specs import Budget
+    from suite.specs import Budget, Protocol
 
     for path in plugin or ():
         load_plugin(path)
     budgets = [Budget.parse(text) for text in budget or ["params=0.8"]]
+    chosen = Protocol.load(protocol)
+    found = detectable(item_counts(chosen, limit, data.data_directory(data_dir)))
     lines = plan_rows(model, recipe, budgets, seed)
     if as_json:
-        typer.echo(json.dumps(lines, indent=1))
+        shared = {"protocol": chosen.name, "detectable_difference": found}
+        typer.echo(json.dumps([line | shared for line in lines], indent=1))
     else:
         output_console.print(plan_table(model, lines))
+        output_console.print(detectable_line(chosen.name, found), soft_wrap=True)
     if lines and all(line["status"] == "impossible" for line in lines):
         raise typer.Exit(2)
 
