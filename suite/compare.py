@@ -284,13 +284,18 @@ def verdict(reference: str, line: Mapping[str, Any]) -> str:
     elif high < 0:
         text = f"worse than {reference} by {-accuracy['estimate']:.1f} points [{-high:.1f}, {-low:.1f}]"
     else:
-        middle = f"{accuracy['estimate']:+.1f}".replace("-", "−")
-        text = f"not told apart from {reference} in accuracy ({middle} ± {(high - low) / 2:.1f} points)"
+        half = (high - low) / 2
+        middle = _signed(accuracy["estimate"], 1)
+        text = f"not told apart from {reference} in accuracy ({middle} ± {half:.1f} points)"
     likelihood, ratio = line["log_probability_difference"], line["perplexity_ratio"]
     if low <= 0 <= high and likelihood and not likelihood["low"] <= 0 <= likelihood["high"]:
         word = "more" if likelihood["estimate"] > 0 else "less"
-        text += f"; its right answers are {word} likely ({likelihood['estimate']:+.3f} nats an item)"
+        text += f"; its right answers are {word} likely ({_signed(likelihood['estimate'], 3)} nats an item)"
     if low <= 0 <= high and ratio and not ratio["low"] <= 1 <= ratio["high"]:
         word = "higher" if ratio["estimate"] > 1 else "lower"
         text += f"; its perplexity is {word} ({ratio['estimate']:.4g}×)"
     return f"{line['name']} is {text}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")

@@ -44,7 +44,14 @@ def _text(result: Result, style: str, mark: str) -> str:
         ]
         for line in lines
     ]
-    columns = ["", "accuracy, points", "lost / won", "p", "log-probability, nats", "perplexity ratio"]
+    columns = [
+        "",
+        "accuracy, points",
+        "lost / won",
+        "p, all items",
+        "log-probability, nats",
+        "perplexity ratio",
+    ]
     per_task = [
         [task["task"], f"{task['items']:,}", f"{100 * task['reference']:.1f}"]
         + [_task_cell(line["tasks"][index]) for line in lines]

@@ -43,7 +43,10 @@ def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standi
     Raises:
         InputError: items cannot be read.
     """
-    dense = {conditions(r): r for r in records if r.spec.recipe == "dense" and r.measurements}
+    # Of several dense rows the one with the lowest seed is on the table.
+    references = [record for record in records if record.spec.recipe == "dense" and record.measurements]
+    references.sort(key=lambda record: -record.spec.seed)
+    dense = {conditions(record): record for record in references}
     members: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.measurements and record.spec.recipe != "dense":
