@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from suite import stats
 from suite.errors import ImpossibleBudget, InputError, NotApplicable
+from suite.evaluate.harness import DATA_FILES, EMBEDDED
 from suite.method import methods
 from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
-from suite.specs import Budget
+from suite.specs import Budget, Protocol
 
 
 def plan_rows(
@@ -46,6 +50,77 @@ def plan_table(model: str, lines: Sequence[dict[str, Any]]) -> Table:
             "" if line["unused"] is None else f"{line['unused']:.2%}",
         )
     return table
+
+
+def item_counts(
+    protocol: Protocol, limit: int | None = None, folder: Path | None = None
+) -> dict[str, int | None]:
+    """How many items of each task a run would score; None where only the hub knows.
+
+    Args:
+        protocol: names the tasks and their own limits.
+        limit: items per task, as `weighin run --limit`.
+        folder: the data directory, None for the hub.
+    """
+    counts = {}
+    for task in protocol.tasks:
+        size = _rows_of(task.name, folder)
+        if size is not None:
+            size = min(n for n in (size, task.limit, limit) if n is not None)
+        counts[task.name] = size
+    return counts
+
+
+def _rows_of(task: str, folder: Path | None) -> int | None:
+    path = EMBEDDED / f"{task}.jsonl"
+    if not path.is_file():
+        if folder is None or task not in DATA_FILES:
+            return None
+        path = folder / next(iter(DATA_FILES[task].values()))  # the split that is scored comes first
+    if not path.is_file():
+        return None
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def detectable(counts: Mapping[str, int | None]) -> dict[str, Any]:
+    """The smallest accuracy differences a run over these items can show, by share of differing items.
+
+    `items` is None and nothing is said about differences where a task's size is not known.
+    """
+    sizes = [size for size in counts.values() if size]
+    unknown = sorted(name for name, size in counts.items() if not size)
+    known = bool(sizes) and not unknown
+    return {
+        "tasks": len(counts),
+        "items": sum(sizes) if known else None,
+        "unknown": unknown,
+        "power": 0.8,
+        "alpha": 0.05,
+        "smallest": {
+            f"{share:g}": stats.smallest_difference(sizes, share) if known else None
+            for share in (0.1, 0.2, 0.4)
+        },
+    }
+
+
+def detectable_line(protocol: str, found: Mapping[str, Any]) -> str:
+    """The same as one sentence."""
+    if not found["tasks"]:
+        return f"protocol {protocol} has no tasks: no accuracy is compared"
+    if found["items"] is None:
+        names = ", ".join(found["unknown"])
+        return (
+            f"smallest accuracy difference protocol {protocol} can show: unknown without the data of {names}"
+            " (name a data directory with --data-dir)"
+        )
+    shown = {share: value for share, value in found["smallest"].items() if value is not None}
+    figures = [f"{100 * value:.1f} if {100 * float(share):g} %" for share, value in shown.items()]
+    return (
+        f"smallest accuracy difference protocol {protocol} can show (mean over {found['tasks']} tasks,"
+        f" {found['items']:,} items, paired, power 80 %, α 0.05), in points by the share of items that"
+        " differ: " + (", ".join(figures) or "none, there are too few items")
+    )
 
 
 def _row(recipe: Recipe, budget: Budget, anatomy: Anatomy, seed: int) -> dict[str, Any]:

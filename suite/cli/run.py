@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +62,7 @@ def run(
 ) -> None:
     """Compress, measure and record a grid of cells; what is already recorded is not computed again."""
     from suite import data
+    from suite.board.standings import standings
     from suite.board.tables import as_json as json_rows
     from suite.board.tables import terminal
     from suite.run.display import Display
@@ -105,10 +106,11 @@ def run(
         )
         raise typer.Exit(130) from None
     records = [cell.record for cell in grid.cells]
+    standing = standings(records, grid.store)
     if as_json:
-        typer.echo(json_rows(records), nl=False)
+        typer.echo(json_rows(records, standing), nl=False)
     else:
-        typer.echo(terminal(records))
+        typer.echo(terminal(records, standing))
         console.print(f"Records are in {results}/records. Next: weighin board --results {results}")
     if any(cell.state == "failed" for cell in grid.cells):
         raise typer.Exit(3)
@@ -125,25 +127,28 @@ def board(
 ) -> None:
     """Make the leaderboard from the records in a results folder."""
     from suite.board.page import page
-    from suite.board.tables import FORMATS
+    from suite.board.standings import standings
+    from suite.board.tables import FORMATS, Format
     from suite.records import RecordStore
 
-    formats: dict[str, Callable[[Sequence[Record]], str]] = {**FORMATS, "html": page}
+    formats: dict[str, Format] = {**FORMATS, "html": page}
     if format not in formats:
         raise InputError(f"no format is called '{format}'.{nearest(format, formats)}  ({', '.join(formats)})")
-    records = RecordStore(results).all()
+    store = RecordStore(results)
+    records = store.all()
     records = _only(records, "model", model, lambda record: record.spec.model)
     records = _only(records, "protocol", protocol, lambda record: record.spec.protocol.name)
+    standing = standings(records, store)
     if output is None:
-        typer.echo(formats[format](records), nl=False)
+        typer.echo(formats[format](records, standing), nl=False)
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
         for suffix in ("md", "csv", "json", "tex", "html"):
-            (output / f"board.{suffix}").write_text(formats[suffix](records))
+            (output / f"board.{suffix}").write_text(formats[suffix](records, standing))
     except OSError as error:
         raise InputError(f"'{output}' cannot be written: {error.strerror}.") from None
-    typer.echo(formats["text"](records), nl=False)
+    typer.echo(formats["text"](records, standing), nl=False)
     console.print(f"Written: {output}/board.md, .csv, .json, .tex and .html")
 
 
@@ -154,22 +159,30 @@ def plan(
     budget: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe; all methods when not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    protocol: Annotated[str, typer.Option(help="Protocol whose resolution is shown.")] = "embedded",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task, as for a run.")] = None,
+    data_dir: DataDir = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show what every method would do for a budget, without reading any weights."""
-    from suite.board.plans import plan_rows, plan_table
+    """Show what every method would do for a budget, and which accuracy difference a run could show."""
+    from suite import data
+    from suite.board.plans import detectable, detectable_line, item_counts, plan_rows, plan_table
     from suite.registry import load_plugin
-    from suite.specs import Budget
+    from suite.specs import Budget, Protocol
 
     for path in plugin or ():
         load_plugin(path)
     budgets = [Budget.parse(text) for text in budget or ["params=0.8"]]
+    chosen = Protocol.load(protocol)
+    found = detectable(item_counts(chosen, limit, data.data_directory(data_dir)))
     lines = plan_rows(model, recipe, budgets, seed)
     if as_json:
-        typer.echo(json.dumps(lines, indent=1))
+        shared = {"protocol": chosen.name, "detectable_difference": found}
+        typer.echo(json.dumps([line | shared for line in lines], indent=1))
     else:
         output_console.print(plan_table(model, lines))
+        output_console.print(detectable_line(chosen.name, found), soft_wrap=True)
     if lines and all(line["status"] == "impossible" for line in lines):
         raise typer.Exit(2)
 

@@ -8,6 +8,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig
 
+from suite.board.standings import standings
 from suite.board.tables import markdown, rows
 from suite.conformance import tiny
 from suite.measure.ledger import ledger
@@ -69,6 +70,12 @@ def test_reading_a_thousand_records(benchmark: BenchmarkFixture, tmp_path: Path)
     for seed in range(1000):
         store.save(examples.finished(seed=seed))
     assert len(benchmark(store.all)) == 1000
+
+
+def test_ranking_the_committed_board(benchmark: BenchmarkFixture) -> None:
+    store = RecordStore(Path(__file__).resolve().parents[2] / "results")
+    records = store.all()
+    assert len(benchmark(lambda: standings(records, store))) > 20
 
 
 def test_a_board_of_a_thousand_records(benchmark: BenchmarkFixture) -> None:

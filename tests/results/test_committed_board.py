@@ -8,12 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from suite.board.standings import standings
 from suite.board.tables import FORMATS
 from suite.records import Record, RecordStore
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 STORE = RecordStore(RESULTS)
 RECORDS = STORE.all()
+STANDINGS = standings(RECORDS, STORE)
 FINISHED = [record for record in RECORDS if record.status == "ok"]
 DENSE = [record for record in FINISHED if record.spec.recipe == "dense"]
 
@@ -60,4 +62,4 @@ def test_there_is_a_dense_row_for_every_protocol_on_the_board() -> None:
 
 @pytest.mark.parametrize("suffix", ["md", "csv", "json", "tex"])
 def test_the_committed_board_is_the_one_its_records_give(suffix: str) -> None:
-    assert (RESULTS / f"board.{suffix}").read_text() == FORMATS[suffix](RECORDS)
+    assert (RESULTS / f"board.{suffix}").read_text() == FORMATS[suffix](RECORDS, STANDINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,22 @@ def failed(recipe: str = "layerchop", budget: str = "params=0.8") -> Record:
     """A record of a cell that broke."""
     failure = Failure(stage="compress", reason="the worker was killed by SIGKILL")
     return Record(status="failed", spec=spec(recipe, budget), dense=DENSE, failure=failure)
+
+
+def item_rows(right: Iterable[Any], task: str = "physical", **fields: Any) -> list[dict[str, Any]]:
+    """One row per outcome: two choices, of which the first is right, two nats apart."""
+    return [
+        {
+            "task": task,
+            "subtask": task,
+            "item": f"{task}-{index:03}",
+            "hash": f"{index:x}",
+            "family": task,
+            "log_likelihoods": [-1.0, -3.0] if correct else [-3.0, -1.0],
+            "prediction": "0" if correct else "1",
+            "target": "0",
+            "correct": float(correct),
+            **fields,
+        }
+        for index, correct in enumerate(right)
+    ]

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -182,6 +183,42 @@ def test_plan_shows_knobs_and_predictions_as_json(tiny: str) -> None:
     svd = next(row for row in rows if row["recipe"] == "svd" and row["budget"] == "params=0.8")
     assert 0.792 <= svd["params_ratio"] <= 0.8
     assert next(row for row in rows if row["recipe"] == "rtn-int8")["status"] == "not applicable"
+
+
+def detectable(tiny: str, *arguments: str) -> dict[str, Any]:
+    result = weighin("plan", "--model", tiny, "--recipe", "svd", "--json", *arguments)
+    found: dict[str, Any] = json.loads(result.stdout)[0]["detectable_difference"]
+    return found
+
+
+def test_plan_says_which_difference_a_run_could_show(tiny: str) -> None:
+    found = detectable(tiny)
+    assert (found["tasks"], found["items"]) == (7, 2060)
+    assert 0.02 < found["smallest"]["0.1"] < found["smallest"]["0.2"] < 0.05
+    assert detectable(tiny, "--limit", "50")["items"] == 350
+    text = weighin("plan", "--model", tiny, "--recipe", "svd").stdout
+    assert "smallest accuracy difference protocol embedded can show (mean over 7 tasks, 2,060 items" in text
+
+
+def test_plan_does_not_guess_the_size_of_tasks_it_cannot_see(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WEIGHIN_DATA_DIR", raising=False)
+    found = detectable(tiny, "--protocol", "standard")
+    assert found["items"] is None
+    assert "piqa" in found["unknown"]
+    assert set(found["smallest"].values()) == {None}
+    text = weighin("plan", "--model", tiny, "--recipe", "svd", "--protocol", "standard").stdout
+    assert "unknown without the data of arc_challenge" in text
+
+
+def test_plan_counts_the_rows_of_a_data_directory(tiny: str, tmp_path: Path) -> None:
+    protocol = tmp_path / "p.yaml"
+    protocol.write_text(examples.TINY_PROTOCOL.replace("name: physical", "name: piqa"))
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"a": 1}\n' * 2 + "\n")
+    found = detectable(tiny, "--protocol", str(protocol), "--data-dir", str(tmp_path))
+    assert found["items"] == 2 + 2
 
 
 def test_a_plugin_from_outside_is_listed_with_its_file(tmp_path: Path) -> None:

@@ -47,6 +47,46 @@ def test_items_and_ledger_lie_beside_the_record(tmp_path: Path) -> None:
     assert pd.read_csv(path.with_suffix(".ledger.csv")).loc[0, "disk"] == 8
 
 
+def test_items_come_back_and_a_record_without_any_gives_none(tmp_path: Path) -> None:
+    store, record = RecordStore(tmp_path), examples.finished()
+    store.save(record)
+    assert store.items(record) is None
+    store.save(record, [ITEM])
+    found = store.items(record)
+    assert found is not None
+    assert found.loc[0, "target"] == "0"
+
+
+def test_items_of_an_older_version_lack_columns_but_can_be_read(tmp_path: Path) -> None:
+    store, record = RecordStore(tmp_path), examples.finished()
+    path = store.save(record, [ITEM]).with_suffix(".items.parquet")
+    pd.read_parquet(path).drop(columns=["hash", "family"]).to_parquet(path)
+    found = store.items(record)
+    assert found is not None
+    assert found["hash"].isna().all()
+    pd.read_parquet(path).drop(columns=["correct"]).to_parquet(path)
+    with pytest.raises(InputError, match="no column 'correct'"):
+        store.items(record)
+
+
+def test_damaged_items_are_named(tmp_path: Path) -> None:
+    store, record = RecordStore(tmp_path), examples.finished()
+    path = store.save(record, [ITEM]).with_suffix(".items.parquet")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="cannot be read") as error:
+        store.items(record)
+    assert str(path) in str(error.value)
+
+
+def test_a_record_from_before_the_noise_floor_is_still_read(tmp_path: Path) -> None:
+    store, record = RecordStore(tmp_path), examples.finished()
+    path = store.save(record)
+    content = json.loads(path.read_text())
+    del content["noise"]
+    path.write_text(json.dumps(content))
+    assert store.read(path).noise is None
+
+
 def test_a_cell_that_was_never_run_has_no_record(tmp_path: Path) -> None:
     assert RecordStore(tmp_path).find(examples.spec()) is None
 

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from suite.board import page, tables
+from suite.board.standings import standings
+from suite.errors import InputError
+from suite.records import Noise, Record, RecordStore
+from tests.suite import examples
+
+NOISE = Noise(
+    changed="1 thread instead of 2",
+    items=200,
+    flips=3,
+    accuracy_difference=-0.005,
+    largest_log_likelihood_difference=0.25,
+    perplexity_ratio=1.0001,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RecordStore:
+    """Dense, two good rows that are much alike, and a bad one."""
+    store = RecordStore(tmp_path)
+    generator = np.random.default_rng(0)
+    right = generator.random(200) < 0.8
+    dense = examples.finished("dense", "none")
+    save(store, dense.model_copy(update={"noise": [NOISE]}), right)
+    save(store, examples.finished("svd"), right ^ (generator.random(200) < 0.02))
+    save(store, examples.finished("layerchop"), right ^ (generator.random(200) < 0.03))
+    save(store, examples.finished("random-layers"), generator.random(200) < 0.3)
+    return store
+
+
+def save(store: RecordStore, record: Record, right: Any, **fields: str) -> None:
+    store.save(record, examples.item_rows(right, **fields))
+
+
+def row(store: RecordStore, recipe: str) -> tables.Row:
+    records = store.all()
+    return next(r for r in tables.rows(records, standings(records, store)) if r["recipe"] == recipe)
+
+
+def test_rows_that_are_not_told_apart_share_their_ranks(store: RecordStore) -> None:
+    assert row(store, "svd")["rank"] == row(store, "layerchop")["rank"] == (1, 2)
+    assert row(store, "random-layers")["rank"] == (3, 3)
+
+
+def test_dense_has_no_rank_and_the_others_their_difference_to_it(store: RecordStore) -> None:
+    assert row(store, "dense")["rank"] is None
+    worst = row(store, "random-layers")
+    low, high = worst["accuracy_difference_ci"]
+    assert low < worst["accuracy_difference"] < high < 0
+
+
+def test_unbudgeted_rows_are_compared_but_not_ranked(store: RecordStore) -> None:
+    save(store, examples.finished("svd(share=0.3)", "none"), np.arange(200) % 2)
+    found = row(store, "svd(share=0.3)")
+    assert found["rank"] is None
+    assert found["accuracy_difference"] is not None
+
+
+def test_partial_rows_are_ranked_among_themselves(store: RecordStore) -> None:
+    save(store, examples.finished("svd", limit=50), np.ones(50))
+    records = store.all()
+    partial = next(r for r in records if r.spec.limit)
+    assert standings(records, store)[partial.id].rank == (1, 1)
+    assert standings(records, store)[partial.id].difference is None
+    assert row(store, "layerchop")["rank"] == (1, 2)
+
+
+def test_a_row_without_items_has_no_rank(store: RecordStore) -> None:
+    store.save(examples.finished("rtn-int8"))
+    assert row(store, "rtn-int8")["rank"] is None
+    assert row(store, "svd")["rank"] == (1, 2)
+
+
+def test_a_row_scored_on_other_items_is_left_out_and_says_so(store: RecordStore) -> None:
+    save(store, examples.finished("rtn-int8"), np.ones(200), hash="another")
+    records = store.all()
+    assert row(store, "rtn-int8")["rank"] is None
+    assert row(store, "svd")["rank"] == (1, 2)
+    assert "rtn-int8: not compared: scored on other items" in tables.markdown(
+        records, standings(records, store)
+    )
+
+
+def test_a_damaged_file_of_items_is_named(store: RecordStore) -> None:
+    path = store.path(examples.finished("svd").spec).with_suffix(".items.parquet")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"items\.parquet' cannot be read"):
+        standings(store.all(), store)
+
+
+def test_every_format_shows_ranks_and_the_page_too(store: RecordStore) -> None:
+    records = store.all()
+    found = standings(records, store)
+    assert "| 1–2" in tables.markdown(records, found)
+    assert " 1--2 " in tables.latex(records, found)
+    assert '"rank": [' in tables.as_json(records, found)
+    assert "rank_low" in tables.comma_separated(records, found)
+    assert "<td>1–2</td>" in page.page(records, found)
+    assert not {"Δ", "−", "–"} & set(tables.latex(records, found))
+
+
+def test_the_noise_floor_is_under_the_table_or_said_to_be_missing(store: RecordStore) -> None:
+    text = tables.markdown(store.all())
+    assert "noise floor, dense with 1 thread instead of 2: 3 of 200 items flip, accuracy −0.5 points" in text
+    assert "noise floor: not measured in these records" in tables.markdown([examples.finished()])
+
+
+def test_the_same_records_give_the_same_board_byte_for_byte(store: RecordStore) -> None:
+    records = store.all()
+    texts = {tables.as_json(records, standings(records, store)) for _ in range(3)}
+    assert len(texts) == 1
