@@ -248,3 +248,7 @@ class _Wrapped(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Any, *_: Any, **kwargs: Any) -> dict[str, Tensor]:
         return {"input_ids": input_ids}
+
+    def generate(self, *positional: Any, **arguments: Any) -> Any:
+        parent: Any = super()
+        return parent.generate(*positional, **(arguments | {"use_cache": False}))
