@@ -63,8 +63,7 @@ class WeighinLM(HFLM):  # type: ignore[misc]
                 raise WeighinError("a plain module needs max_length=, the longest input it takes.")
             pretrained, arguments["backend"] = _Wrapped(pretrained), "causal"
         super().__init__(pretrained=pretrained, max_length=max_length, **arguments)
-        usual = TOKENS_PER_BATCH if self.device.type == "cpu" else TOKENS_PER_BATCH_ACCELERATOR
-        self.tokens_per_batch = int(tokens_per_batch or usual)
+        self.tokens_per_batch = int(tokens_per_batch or usual_tokens_per_batch(self.device))
         self._head: nn.Module | None = None
         self._head, self._packs = self._abilities()
 
@@ -227,6 +226,11 @@ class WeighinLM(HFLM):  # type: ignore[misc]
             (index, self._hidden(layout([tree]))[0, read]) for tree in trees for index, read in tree.reads
         ]
         return self._logits(torch.cat([state for _, state in sorted(states, key=lambda pair: pair[0])]))
+
+
+def usual_tokens_per_batch(device: torch.device) -> int:
+    """Tokens in a padded batch when nobody chooses."""
+    return TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH_ACCELERATOR
 
 
 def _logits_of(output: Any) -> Tensor:

@@ -15,6 +15,8 @@ from suite.calibration import token_ids, tokens_digest
 from suite.errors import InputError
 from suite.specs import Frozen, PerplexitySpec
 
+BATCH_SIZE = 4
+
 
 class Perplexity(Frozen):
     """Perplexity per token and how it was computed."""
@@ -38,7 +40,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     spec: PerplexitySpec,
     folder: Path | None = None,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
 ) -> Perplexity:
     """Perplexity over non-overlapping windows of the text, the mean taken over tokens.
 

@@ -29,7 +29,10 @@ from suite.registry import load_plugin
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
 from suite.specs import Budget, CalibrationSpec, Protocol, RunSpec, Track, digest_of
 
-STAGES = ("plan", "load", "compress", "save", "reload", "audit", "speed", "perplexity", "tasks", "training")
+STAGES = (
+    *("plan", "load", "compress", "save"),
+    *("reload", "audit", "speed", "perplexity", "tasks", "noise", "training"),
+)
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,7 @@ class Grid:
         record.measurements = Measurements.model_validate(results["measurements"])
         record.calibration_digest = results["calibration_digest"]
         record.conditions = results["conditions"]
+        record.noise = results["noise"]
         record.seconds = results["seconds"]
         folder = self._checkpoint_folder(cell.spec)
         record.checkpoint = str(folder) if folder else None

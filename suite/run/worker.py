@@ -34,6 +34,7 @@ from suite.models.anatomy import decoder_params, layout_of
 from suite.recipe import Recipe
 from suite.registry import load_plugin
 from suite.run.environment import conditions
+from suite.run.noise import noise_floor
 from suite.specs import RunSpec
 
 PROBE_SHAPE = (2, 32)
@@ -136,6 +137,10 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             limit=spec.limit,
             progress=report.progress,
         )
+    noise = None
+    if spec.recipe == "dense":
+        with report.stage("noise"):
+            noise = noise_floor(model, tokenizer, protocol, (items, ppl), job.data_folder, spec.limit)
     with report.stage("training"):  # last, as it moves the weights
         training = speed.training(model, protocol.speed)
     return {
@@ -161,6 +166,7 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         },
         "conditions": conditions(spec.device, job.jobs, str(model.dtype).removeprefix("torch.")),
         "seconds": report.seconds,
+        "noise": noise,
         "items": items,
         "entries": entries,
     }
