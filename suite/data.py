@@ -41,7 +41,7 @@ def text(source: str, folder: Path | None = None) -> str:
 
     Raises:
         InputError: unknown name, or neither the data directory nor the hub has it.
-        CellFailed: a method asks for a text that it will be scored on.
+        seal.Trespass: a method asks for a text that it will be scored on.
     """
     loader = TEXTS.get(source)
     if loader is None:

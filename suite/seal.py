@@ -18,6 +18,10 @@ from typing import Any
 from suite.errors import CellFailed
 
 
+class Trespass(CellFailed):
+    """A method reached for what it is scored on."""
+
+
 @dataclass
 class _Seal:
     paths: tuple[str, ...]
@@ -35,7 +39,7 @@ def sealed(paths: Iterable[Path], texts: Iterable[str] = ()) -> Iterator[None]:
     """Refuse files at or below `paths`, the named texts, all task items and the network in this block.
 
     Raises:
-        CellFailed: at the end of the block, when something was tried, even if the refusal was caught.
+        Trespass: at the end of the block, when something was tried, even if the refusal was caught.
     """
     global _current, _watching
     if not _watching:
@@ -48,11 +52,11 @@ def sealed(paths: Iterable[Path], texts: Iterable[str] = ()) -> Iterator[None]:
     except Exception as error:  # what was tried explains more than the error it led to
         if not seal.offences:
             raise
-        raise CellFailed(seal.offences[0]) from error
+        raise Trespass(seal.offences[0]) from error
     finally:
         _current = before
     if seal.offences:
-        raise CellFailed(seal.offences[0])
+        raise Trespass(seal.offences[0])
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def refuse_items(task: str) -> None:
     """Refuse the items of a task inside a sealed block.
 
     Raises:
-        CellFailed: inside a sealed block.
+        Trespass: inside a sealed block.
     """
     if _current is not None and not _current.lifted:
         _refuse(_current, f"read the evaluation items of task '{task}'")
@@ -83,7 +87,7 @@ def refuse_text(name: str) -> None:
     """Refuse a text that perplexity is measured on inside a sealed block.
 
     Raises:
-        CellFailed: inside a sealed block, for one of its texts.
+        Trespass: inside a sealed block, for one of its texts.
     """
     if _current is not None and name in _current.texts:
         _refuse(_current, f"read the evaluation text '{name}'")
@@ -92,7 +96,7 @@ def refuse_text(name: str) -> None:
 def _refuse(seal: _Seal, what: str) -> None:
     message = f"the method {what} while it planned or compressed: it must not see what it is scored on"
     seal.offences.append(message)
-    raise CellFailed(message)
+    raise Trespass(message)
 
 
 def _on_event(event: str, arguments: tuple[Any, ...]) -> None:

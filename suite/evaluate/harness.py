@@ -87,7 +87,7 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
 
     Raises:
         InputError: the task's data is neither in the data directory nor on the hub.
-        CellFailed: a method asks for them while it compresses.
+        seal.Trespass: a method asks for them while it compresses.
     """
     seal.refuse_items(name)
     known = {*embedded_tasks(), *DATA_FILES}

@@ -34,8 +34,8 @@ def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
     """Storages of at least `smallest` bytes alive in this process and not in the model, largest first.
 
     Garbage is collected first. A storage of the model that is larger than the tensors it holds is
-    listed with what is beyond them. Tensors without data (meta) are left out. Of each storage only
-    the holder of the largest ones is looked up, which may take a second in a process with much else.
+    listed with what is beyond them. Tensors without data (meta) are left out. Only of
+    the largest the holder is looked up, which takes a moment in a process with much else.
     """
     gc.collect()
     objects = gc.get_objects()
@@ -60,7 +60,7 @@ def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
         Hidden(
             excess[pointer],
             _described(found[pointer][1][0]),
-            holder(model, found[pointer][1]) if place < 3 else "",
+            holder(model, found[pointer][1]) if place == 0 else "",
         )
         for place, pointer in enumerate(ordered)
     )
@@ -85,7 +85,7 @@ def holder(model: nn.Module, targets: list[object]) -> str:
             trail = _trail(value, wanted)
             if trail is not None:
                 return f"class {cls.__name__} keeps it in attribute '{name}'{trail}"
-    for module_name, python_module in list(sys.modules.items()):
+    for module_name, python_module in reversed(sys.modules.copy().items()):  # plug-ins came last
         for name, value in list(getattr(python_module, "__dict__", {}).items()):
             trail = _trail(value, wanted, depth=3)
             if trail is not None:
