@@ -68,6 +68,21 @@ class Measurements(Part):
     tasks: tuple[TaskResult, ...]
 
 
+class Noise(Part):
+    """How far two runs of the same checkpoint differ when only how it is computed changes."""
+
+    changed: str
+    """What was changed, for example "batch 8 instead of 32"."""
+    items: int
+    flips: int
+    """Items whose outcome changed, either way."""
+    accuracy_difference: float
+    """Macro accuracy of the second run minus that of the first."""
+    largest_log_likelihood_difference: float
+    """Largest absolute change in nats of any scored continuation."""
+    perplexity_ratio: float
+
+
 class Failure(Part):
     """Where and why a cell failed."""
 
@@ -90,6 +105,8 @@ class Record(Part):
     seconds: dict[str, float] = Field(default_factory=dict)
     calibration_digest: str | None = None
     conditions: dict[str, Any] = Field(default_factory=dict)
+    noise: list[Noise] | None = None
+    """The noise floor, on the dense record; None where it was not measured."""
     failure: Failure | None = None
     checkpoint: str | None = None
 
@@ -171,6 +188,14 @@ class RecordStore:
             )
         return [self.read(path) for path in paths]
 
+    def items(self, record: Record) -> pd.DataFrame | None:
+        """The outcomes of a record's items (see `read_items`), or None where it has none.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        return read_items(self.path(record.spec))
+
     def save(
         self,
         record: Record,
@@ -196,6 +221,30 @@ class RecordStore:
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error}. Earlier records are untouched.") from None
         return path
+
+
+def read_items(record_path: Path) -> pd.DataFrame | None:
+    """The per-item outcomes beside a record's file, with all of `items.COLUMNS`; None where there are none.
+
+    Columns that an older version did not write are there, with missing values.
+
+    Raises:
+        InputError: the file is damaged, or lacks what names an item or its outcome.
+    """
+    path = record_path.with_suffix(".items.parquet")
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"'{path}' cannot be read ({reason}). Delete it with its record and run the cell again."
+        ) from None
+    missing = {"task", "item", "correct"} - set(table.columns)
+    if missing:
+        raise InputError(f"'{path}' holds no item outcomes: it has no column '{min(missing)}'.")
+    return table.reindex(columns=items.COLUMNS)
 
 
 def _atomic(path: Path, write: Any) -> None:

@@ -7,17 +7,18 @@ from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader
 
+from suite.board.standings import Standings
 from suite.board.tables import Table, cells, headers, tables
 from suite.records import Record
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables on one page; nothing is loaded from elsewhere."""
     environment = Environment(loader=PackageLoader("suite", "board"), autoescape=True)
     template = environment.get_template("page.html.jinja2")
     versions = sorted({str(r.conditions["git"]) for r in records if r.conditions.get("git")})
     return template.render(
-        tables=[_view(table) for table in tables(records)],
+        tables=[_view(table) for table in tables(records, standings)],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         versions=versions,
         cells=len(records),

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
+from suite.board.standings import Standing, Standings, conditions
 from suite.records import Measurements, Record
-from suite.specs import digest_of
 
 Row = dict[str, Any]
+_LATEX = {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$", "Δ": "$\\Delta$", "−": "$-$", "–": "--"}
+_NESTED = ("tasks", "accuracy_ci", "knobs", "rank", "accuracy_difference_ci", "noise")
 _Z95 = 1.959963984540054
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
-    """One flat row per record, in the order of the board: dense first, then by budget and accuracy."""
+def rows(records: Sequence[Record], standings: Standings | None = None) -> list[Row]:
+    """One flat row per record, in the order of the board: dense first, then by budget and accuracy.
+
+    Without `standings`, which need the items, rows have no rank and no difference to dense.
+    """
     dense = {
-        _conditions(record): record.measurements
+        conditions(record): record.measurements
         for record in records
         if record.spec.recipe == "dense" and record.measurements
     }
-    result = [_row(record, dense.get(_conditions(record))) for record in records]
+    standings = standings or {}
+    result = [
+        _row(record, dense.get(conditions(record)), standings.get(record.id, Standing()))
+        for record in records
+    ]
     return sorted(result, key=_order)
 
 
@@ -38,22 +47,22 @@ class Table:
     notes: tuple[str, ...]
 
 
-def tables(records: Sequence[Record]) -> list[Table]:
+def tables(records: Sequence[Record], standings: Standings | None = None) -> list[Table]:
     """Group rows that may be compared: equal model, protocol, calibration, limit, device and budget."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     references: dict[str, Row] = {}
-    for row in rows(records):
+    for row in rows(records, standings):
         if row["recipe"] == "dense":
             references.setdefault(row["conditions"], row)
             continue
         label = "unbudgeted" if row["budget_metric"] == "none" else row["budget"]
         groups.setdefault((row["conditions"], label), []).append(row)
-    for conditions in references:
-        if not any(key[0] == conditions for key in groups):
-            groups[(conditions, "none")] = []
+    for shared in references:
+        if not any(key[0] == shared for key in groups):
+            groups[(shared, "none")] = []
     result = []
-    for (conditions, label), members in groups.items():
-        reference = references.get(conditions)
+    for (shared, label), members in groups.items():
+        reference = references.get(shared)
         every = ([reference] if reference else []) + members
         first = every[0]
         title = f"{first['model']} · {first['protocol']}" + ("" if label == "none" else f" · {label}")
@@ -61,45 +70,52 @@ def tables(records: Sequence[Record]) -> list[Table]:
     return result
 
 
-def markdown(records: Sequence[Record]) -> str:
+def markdown(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables as GitHub Markdown."""
-    return "\n\n".join(_table_text(table, "github", f"## {table.title}") for table in tables(records)) + "\n"
+    made = tables(records, standings)
+    return "\n\n".join(_table_text(table, "github", f"## {table.title}") for table in made) + "\n"
 
 
-def terminal(records: Sequence[Record]) -> str:
+def terminal(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables for a terminal."""
-    return "\n\n".join(_table_text(table, "simple", table.title) for table in tables(records)) + "\n"
+    made = tables(records, standings)
+    return "\n\n".join(_table_text(table, "simple", table.title) for table in made) + "\n"
 
 
-def latex(records: Sequence[Record]) -> str:
+def latex(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables as LaTeX (booktabs)."""
     parts = [
         f"% {table.title}\n" + tabulate(cells(table.rows), headers(table.rows), tablefmt="latex_booktabs")
-        for table in tables(records)
+        for table in tables(records, standings)
     ]
     text = "\n\n".join(parts) + "\n"
-    for sign, command in {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$"}.items():
+    for sign, command in _LATEX.items():
         text = text.replace(sign, command)
     return text
 
 
-def comma_separated(records: Sequence[Record]) -> str:
+def comma_separated(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All rows as CSV, one accuracy column per task."""
     flat = []
-    for row in rows(records):
+    for row in rows(records, standings):
         tasks = {f"accuracy_{name}": task["value"] for name, task in (row["tasks"] or {}).items()}
         low, high = row["accuracy_ci"] or (None, None)
-        plain = {key: value for key, value in row.items() if key not in ("tasks", "accuracy_ci", "knobs")}
-        flat.append(plain | {"accuracy_low": low, "accuracy_high": high} | tasks)
+        ranks = row["rank"] or (None, None)
+        below, above = row["accuracy_difference_ci"] or (None, None)
+        plain = {key: value for key, value in row.items() if key not in _NESTED}
+        ends = {"accuracy_low": low, "accuracy_high": high, "rank_low": ranks[0], "rank_high": ranks[1]}
+        differences = {"accuracy_difference_low": below, "accuracy_difference_high": above}
+        flat.append(plain | ends | differences | tasks)
     return pd.DataFrame(flat).to_csv(index=False)
 
 
-def as_json(records: Sequence[Record]) -> str:
+def as_json(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All rows as a plain JSON list."""
-    return json.dumps([_finite(row) for row in rows(records)], indent=1, ensure_ascii=False) + "\n"
+    return json.dumps([finite(row) for row in rows(records, standings)], indent=1, ensure_ascii=False) + "\n"
 
 
-FORMATS: dict[str, Callable[[Sequence[Record]], str]] = {
+Format = Callable[[Sequence[Record], Standings | None], str]
+FORMATS: dict[str, Format] = {
     "md": markdown,
     "csv": comma_separated,
     "json": as_json,
@@ -108,7 +124,7 @@ FORMATS: dict[str, Callable[[Sequence[Record]], str]] = {
 }
 
 
-def _row(record: Record, dense: Measurements | None) -> Row:
+def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
     spec, m, budget = record.spec, record.measurements, record.spec.budget
     sizes = m.sizes if m else None
     accuracy, interval = _mean_accuracy(m)
@@ -159,7 +175,12 @@ def _row(record: Record, dense: Measurements | None) -> Row:
         "seed": spec.seed,
         "device": record.conditions.get("device") or spec.device,
         "note": record.model_note,
-        "conditions": _conditions(record),
+        "rank": standing.rank,
+        "accuracy_difference": standing.difference,
+        "accuracy_difference_ci": _around(standing.difference, standing.half_width),
+        "standing_note": standing.note,
+        "noise": [noise.model_dump() for noise in record.noise] if record.noise else None,
+        "conditions": conditions(record),
     }
 
 
@@ -170,6 +191,10 @@ def _mean_accuracy(m: Measurements | None) -> tuple[float | None, tuple[float, f
     mean = sum(task.value for task in m.tasks) / len(m.tasks)
     half = _Z95 * math.sqrt(sum(task.standard_error**2 for task in m.tasks)) / len(m.tasks)
     return mean, (mean - half, mean + half)
+
+
+def _around(middle: float | None, half: float | None) -> tuple[float, float] | None:
+    return None if middle is None or half is None else (middle - half, middle + half)
 
 
 def _ratio(m: Measurements | None, dense: Measurements | None, name: str) -> float | None:
@@ -186,14 +211,6 @@ def _protocol_label(record: Record) -> str:
     if spec.calibration != spec.protocol.calibration:
         label += f" (calibration {spec.calibration})"
     return label
-
-
-def _conditions(record: Record) -> str:
-    """Digest of what must be equal for two rows to share a table. Seeds may differ."""
-    spec = record.spec
-    return digest_of(
-        [spec.model, spec.model_digest, spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
-    )[:12]
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -215,6 +232,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("recipe", lambda r: r["recipe"] + (f" (seed {r['seed']})" if r["seed"] else "")),
+    ("rank", lambda r: rank(r["rank"])),
     ("achieved", lambda r: _share(r["budget_achieved"])),
     ("unused", lambda r: _percent(r["unused"])),
     ("params M", lambda r: _number(r["params"], 1e6)),
@@ -227,6 +245,7 @@ _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("train tok/s", lambda r: _speed(r, "train")),
     ("perplexity", lambda r: _perplexity(r["perplexity"])),
     ("accuracy", lambda r: _accuracy(r)),
+    ("Δ dense", lambda r: _difference(r)),
     ("compress s", lambda r: _number(r["compress_seconds"], 1)),
 ]
 
@@ -252,7 +271,7 @@ def cells(members: Sequence[Row]) -> list[list[str]]:
             lines.append([show(row) for _, show in _COLUMNS] + scores)
         else:
             word = "not applicable" if row["status"] == "not_applicable" else "failed"
-            lines.append([_COLUMNS[0][1](row), word] + [""] * (len(_COLUMNS) - 2 + len(names)))
+            lines.append([_COLUMNS[0][1](row), "", word] + [""] * (len(_COLUMNS) - 3 + len(names)))
     return lines
 
 
@@ -265,6 +284,7 @@ def _task_names(members: Sequence[Row]) -> list[str]:
 
 def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     notes = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
+    notes += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
     notes += sorted({row["note"] for row in members if row["note"]})
     notes += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
     notes.append(
@@ -274,9 +294,42 @@ def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     notes.append(
         "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
     )
+    if any(row["rank"] for row in members):
+        notes.append(
+            "rank: the places a row can have among the compressed rows of this table, from paired items, all"
+            " together with 95 % confidence; rows whose ranks overlap may not be told apart"
+        )
+    if any(row["accuracy_difference"] is not None for row in members):
+        notes.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")
+    notes += noise_notes(next((row["noise"] for row in members if row["noise"]), None))
     if has_dense:
         notes.append("in brackets: ratio to dense, measured apart; peak and ratios carry the machine's noise")
     return tuple(notes)
+
+
+def noise_notes(noise: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """What the same model changes by when only how it is computed changes, one line per change."""
+    if not noise:
+        return ["noise floor: not measured in these records"]
+    return [
+        f"noise floor, dense with {n['changed']}: {n['flips']:,} of {n['items']:,} items flip, accuracy"
+        f" {points(n['accuracy_difference'])} points, a log-likelihood by up to"
+        f" {n['largest_log_likelihood_difference']:.3g} nats, perplexity × {n['perplexity_ratio']:.6g}"
+        for n in noise
+    ]
+
+
+def rank(interval: tuple[int, int] | None) -> str:
+    """A rank interval: "2", "1–3", or nothing."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _share(value: float | None, digits: int = 4) -> str:
@@ -314,12 +367,19 @@ def _accuracy(row: Row) -> str:
     return f"{100 * row['accuracy']:.1f} ± {50 * (high - low):.1f}"
 
 
-def _finite(value: Any) -> Any:
+def _difference(row: Row) -> str:
+    if row["accuracy_difference"] is None:
+        return ""
+    low, high = row["accuracy_difference_ci"]
+    return f"{points(row['accuracy_difference'])} ± {50 * (high - low):.1f}"
+
+
+def finite(value: Any) -> Any:
     """JSON has no infinity: such numbers become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +62,7 @@ def run(
 ) -> None:
     """Compress, measure and record a grid of cells; what is already recorded is not computed again."""
     from suite import data
+    from suite.board.standings import standings
     from suite.board.tables import as_json as json_rows
     from suite.board.tables import terminal
     from suite.run.display import Display
@@ -105,10 +106,11 @@ def run(
         )
         raise typer.Exit(130) from None
     records = [cell.record for cell in grid.cells]
+    standing = standings(records, grid.store)
     if as_json:
-        typer.echo(json_rows(records), nl=False)
+        typer.echo(json_rows(records, standing), nl=False)
     else:
-        typer.echo(terminal(records))
+        typer.echo(terminal(records, standing))
         console.print(f"Records are in {results}/records. Next: weighin board --results {results}")
     if any(cell.state == "failed" for cell in grid.cells):
         raise typer.Exit(3)
@@ -125,25 +127,28 @@ def board(
 ) -> None:
     """Make the leaderboard from the records in a results folder."""
     from suite.board.page import page
-    from suite.board.tables import FORMATS
+    from suite.board.standings import standings
+    from suite.board.tables import FORMATS, Format
     from suite.records import RecordStore
 
-    formats: dict[str, Callable[[Sequence[Record]], str]] = {**FORMATS, "html": page}
+    formats: dict[str, Format] = {**FORMATS, "html": page}
     if format not in formats:
         raise InputError(f"no format is called '{format}'.{nearest(format, formats)}  ({', '.join(formats)})")
-    records = RecordStore(results).all()
+    store = RecordStore(results)
+    records = store.all()
     records = _only(records, "model", model, lambda record: record.spec.model)
     records = _only(records, "protocol", protocol, lambda record: record.spec.protocol.name)
+    standing = standings(records, store)
     if output is None:
-        typer.echo(formats[format](records), nl=False)
+        typer.echo(formats[format](records, standing), nl=False)
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
         for suffix in ("md", "csv", "json", "tex", "html"):
-            (output / f"board.{suffix}").write_text(formats[suffix](records))
+            (output / f"board.{suffix}").write_text(formats[suffix](records, standing))
     except OSError as error:
         raise InputError(f"'{output}' cannot be written: {error.strerror}.") from None
-    typer.echo(formats["text"](records), nl=False)
+    typer.echo(formats["text"](records, standing), nl=False)
     console.print(f"Written: {output}/board.md, .csv, .json, .tex and .html")
 
 

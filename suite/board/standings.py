@@ -1,0 +1,100 @@
+"""Where rows stand against each other: rank intervals and differences to dense, from paired items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from suite import stats
+from suite.paired import Paired, item_keys, pair_items
+from suite.records import Record, RecordStore
+from suite.specs import digest_of
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row within its table; intervals hold for all rows of the table together."""
+
+    rank: tuple[int, int] | None = None
+    difference: float | None = None
+    """Macro accuracy minus that of dense."""
+    half_width: float | None = None
+    note: str | None = None
+    """Why there is no rank, where the reader would expect one."""
+
+
+Standings = Mapping[str, Standing]
+"""Standings by record id."""
+
+
+def conditions(record: Record) -> str:
+    """Digest of what must be equal for two rows to share a table. Seeds may differ."""
+    spec = record.spec
+    return digest_of(
+        [spec.model, spec.model_digest, spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
+    )[:12]
+
+
+def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standing]:
+    """Standings of all compressed rows that have items, table by table.
+
+    Dense is no competitor and has no rank; unbudgeted rows are compared with dense but not ranked.
+
+    Raises:
+        InputError: items cannot be read.
+    """
+    dense = {conditions(r): r for r in records if r.spec.recipe == "dense" and r.measurements}
+    members: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.measurements and record.spec.recipe != "dense":
+            members.setdefault((conditions(record), str(record.spec.budget)), []).append(record)
+    result: dict[str, Standing] = {}
+    for (condition, budget), group in members.items():
+        reference = dense.get(condition)
+        result |= _of_table(([reference] if reference else []) + group, store, budget != "none")
+    return result
+
+
+def _of_table(records: list[Record], store: RecordStore, ranked: bool) -> dict[str, Standing]:
+    frames = [(record, store.items(record)) for record in records]
+    scored = [(record, frame, item_keys(frame)) for record, frame in frames if frame is not None]
+    if not scored:
+        return {}
+    # A record made before an item was corrected has other items; the rows most alike are compared.
+    digests = [digest_of(keys) for _, _, keys in scored]
+    common = max(digests, key=digests.count)
+    kept = [(record, frame) for (record, frame, _), d in zip(scored, digests, strict=True) if d == common]
+    result = {
+        record.id: Standing(note="not compared: scored on other items than the other rows")
+        for (record, _, _), digest in zip(scored, digests, strict=True)
+        if digest != common
+    }
+    paired = pair_items({record.id: frame for record, frame in kept})
+    if min(paired.sizes) < 2:
+        return result
+    competitors = [i for i, (record, _) in enumerate(kept) if record.spec.recipe != "dense"]
+    ranks = _ranks(paired, competitors) if ranked else {}
+    gaps = _gaps(paired, competitors) if len(competitors) < len(kept) else {}
+    for i in competitors:
+        difference, half_width = gaps.get(i, (None, None))
+        result[kept[i][0].id] = Standing(ranks.get(i), difference, half_width)
+    return result
+
+
+def _ranks(paired: Paired, rows: list[int]) -> dict[int, tuple[int, int]]:
+    pairs = stats.all_pairs(len(rows))
+    if not pairs:
+        return dict.fromkeys(rows, (1, 1))
+    intervals = stats.macro_differences(paired.correct[rows], paired.tasks, pairs)
+    return dict(zip(rows, stats.rank_intervals(intervals, pairs, len(rows)), strict=True))
+
+
+def _gaps(paired: Paired, rows: list[int]) -> dict[int, tuple[float, float]]:
+    if not rows:
+        return {}
+    reference = next(i for i in range(len(paired.correct)) if i not in rows)
+    found = stats.macro_differences(paired.correct, paired.tasks, [(reference, row) for row in rows])
+    return {
+        row: (float(estimate), float(half))
+        for row, estimate, half in zip(rows, found.estimate, found.half_width, strict=True)
+    }
