@@ -41,6 +41,7 @@ def validate(
     from suite.conformance import ranking, report, tiny
     from suite.conformance.trial import examine, subjects_of
     from suite.models.load import resolve
+    from suite.recipe import Recipe
     from suite.run.display import Display
     from suite.run.runner import Grid, Options
     from suite.specs import Budget, Protocol, Track
@@ -55,6 +56,8 @@ def validate(
         Protocol.load(protocol)
         for text in budget or ():
             Budget.parse(text)
+        for text in against or ():
+            Recipe.parse(text)
 
     def run(grid: Grid) -> None:
         with Display(console, grid.cells) as display:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from suite.conformance.trial import Subject, examine
-from suite.registry import load_plugin
+from suite.conformance.trial import Subject, examine, subjects_of
 
-ZOO = str(Path(__file__).parent / "cheats.py")
-load_plugin(ZOO)
+pytestmark = pytest.mark.slow
+
+ZOO = sorted((Path(__file__).parent / "zoo").glob("*.py"))
 
 CAUGHT = {
     "dense-in-attribute": ("resident memory", "mlp", "keeps it in attribute '_orig'"),
     "dense-in-array": ("resident memory", "keeps it in attribute '_array'", "array"),
     "dense-in-closure": ("resident memory", "keeps it in attribute 'forward' (the closure of InClosure"),
     "dense-in-buffer": ("resident memory", "in a non-persistent buffer"),
-    "dense-in-global": ("resident memory", "keeps it in the global '_DENSE'", "cheats"),
+    "dense-in-global": ("resident memory", "keeps it in the global '_DENSE'", "modules"),
     "wide-words": ("counted honestly", "weights packed into wider words are under-counted"),
     "lying-count": ("counted honestly", "Liar counts its own parameters"),
     "stowaway": ("counted honestly", "residual", "it would be under-counted"),
@@ -43,18 +43,21 @@ CAUGHT = {
 }
 
 
+@pytest.fixture(scope="module")
+def zoo() -> dict[str, Subject]:
+    return {subject.recipe: subject for file in ZOO for subject in subjects_of(str(file))}
+
+
 @pytest.mark.parametrize("name", CAUGHT)
-def test_every_cheat_is_caught_by_its_check(name: str) -> None:
+def test_every_cheat_is_caught_by_its_check(name: str, zoo: dict[str, Subject]) -> None:
     check, *words = CAUGHT[name]
-    family = "qwen2" if name == "loses-biases" else "llama"
-    examination = examine(Subject(name, (ZOO,)), families=[family])
+    examination = examine(zoo[name], families=["qwen2" if name == "loses-biases" else "llama"])
     finding = examination.finding(check)
+    assert not examination.passed
     assert finding.status == "failed", [(f.check.name, f.details) for f in examination.findings]
     for word in words:
         assert word in " ".join(finding.details)
 
 
-def test_the_zoo_is_complete() -> None:
-    from suite.method import methods
-
-    assert {name for name in methods if methods.get(name).family == "cheat"} == set(CAUGHT)
+def test_every_cheat_in_the_zoo_is_expected_to_be_caught(zoo: dict[str, Subject]) -> None:
+    assert set(zoo) == set(CAUGHT)
