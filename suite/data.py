@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from suite import seal
 from suite.errors import InputError, nearest
 
 DATA_DIR_VARIABLE = "WEIGHIN_DATA_DIR"
@@ -40,13 +41,16 @@ def text(source: str, folder: Path | None = None) -> str:
 
     Raises:
         InputError: unknown name, or neither the data directory nor the hub has it.
+        seal.Trespass: a method asks for a text that it will be scored on.
     """
     loader = TEXTS.get(source)
     if loader is None:
         raise InputError(
             f"no text is called '{source}'.{nearest(source, TEXTS)}  (There are: {', '.join(TEXTS)}.)"
         )
-    return loader(folder)
+    seal.refuse_text(source)
+    with seal.lifted():
+        return loader(folder)
 
 
 def _pydoc(part: str) -> str:
@@ -96,6 +100,9 @@ TEXTS: dict[str, Callable[[Path | None], str]] = {
     "c4": _documents("c4", ("allenai/c4", "en")),
     "alpaca": _documents("alpaca", ("tatsu-lab/alpaca", None)),
 }
+
+HELD_OUT = frozenset({"pydoc-held-out", "wikitext2-test"})
+HELD_OUT_FILES = ("wikitext2/test.txt.gz",)
 
 
 def _existing(path: Path) -> Path:

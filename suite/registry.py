@@ -46,7 +46,8 @@ class Registry(Generic[ItemT]):
         Raises:
             InputError: unknown name; the nearest known one is offered.
         """
-        load_entry_points()
+        if name not in self._items:
+            load_entry_points()
         if name in self._items:
             return self._items[name]
         broken = "".join(f"\nNot importable: {entry} ({why})" for entry, why in broken_entry_points.items())

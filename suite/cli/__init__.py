@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from suite.cli import compare, run, show  # noqa: F401 (importing them adds their commands)
+from suite.cli import compare, run, show, validate  # noqa: F401 (importing them adds their commands)
 from suite.cli.common import app, console
 
 

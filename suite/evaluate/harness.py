@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from suite import seal
 from suite.errors import InputError, nearest
 from suite.evaluate.items import rows_from_samples
 from suite.specs import Frozen, Protocol, TaskSpec
@@ -86,7 +87,9 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
 
     Raises:
         InputError: the task's data is neither in the data directory nor on the hub.
+        seal.Trespass: a method asks for them while it compresses.
     """
+    seal.refuse_items(name)
     known = {*embedded_tasks(), *DATA_FILES}
     if name not in known and name not in _task_manager(True).all_tasks:
         raise InputError(f"no task is called '{name}'.{nearest(name, known)}")

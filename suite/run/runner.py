@@ -25,7 +25,7 @@ from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
 from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes
-from suite.registry import load_plugin
+from suite.registry import load_plugin, origin
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
 from suite.specs import Budget, CalibrationSpec, Protocol, RunSpec, Track, digest_of
 
@@ -83,7 +83,7 @@ class Grid:
         """
         self.options = options
         self.store = RecordStore(options.results)
-        self.digests = [load_plugin(path) for path in options.plugins]
+        self.plugins = {str(Path(p).expanduser().resolve()): load_plugin(p) for p in options.plugins}
         check_device(options.device)
         protocol = Protocol.load(track.protocol)
         check_tasks(protocol)
@@ -100,7 +100,7 @@ class Grid:
                         model=source.name,
                         model_digest=source.digest,
                         recipe=str(recipe),
-                        method_versions=(*recipe.versions, *self.digests),
+                        method_versions=(*recipe.versions, *self._plugins_of(recipe)),
                         budget=budget,
                         protocol=protocol,
                         protocol_digest=digest_of(protocol.model_dump(mode="json")),
@@ -126,6 +126,11 @@ class Grid:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def _plugins_of(self, recipe: Recipe) -> tuple[str, ...]:
+        """Digests of the plug-ins, for a recipe that uses any: built-in rows do not depend on them."""
+        foreign = any(origin(type(stage)) in self.plugins for stage in recipe.stages)
+        return tuple(self.plugins.values()) if foreign else ()
 
     def _cell(self, spec: RunSpec, source: load.Source, recipe: Recipe, anatomy: Anatomy) -> Cell:
         existing = self.store.find(spec)

@@ -6,6 +6,7 @@ everything on the board is true of the checkpoint alone.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -22,19 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite import calibration, checkpoint
-from suite.errors import CellFailed, WeighinError
+from suite.errors import WeighinError
 from suite.evaluate import harness, perplexity
 from suite.measure import speed
-from suite.measure.ledger import ledger, total_disk, total_params
+from suite.measure.ledger import Entry, ledger, total_disk, total_params
 from suite.measure.memory import peak_memory, resident_memory
 from suite.models import load
 from suite.models.anatomy import decoder_params, layout_of
 from suite.recipe import Recipe
 from suite.registry import load_plugin
+from suite.run import audit
 from suite.run.environment import conditions
 from suite.run.noise import noise_floor
+from suite.seal import sealed
 from suite.specs import RunSpec
 
 PROBE_SHAPE = (2, 32)
@@ -80,7 +84,11 @@ class Reporter:
 def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     """Plan, compress, save. Returns the cost of compression."""
     spec = job.spec
-    with report.stage("plan"):
+    scored_on = (
+        audit.evaluation_paths(job.data_folder),
+        audit.evaluation_texts(spec.protocol, spec.calibration.source),
+    )
+    with report.stage("plan"), sealed(*scored_on):
         recipe = Recipe.parse(spec.recipe)
         plan = recipe.plan(load.load_anatomy(job.source), spec.budget, spec.seed)
     with report.stage("load"):
@@ -89,7 +97,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         sample = None
         if "calibration" in recipe.needs:
             sample = calibration.draw(spec.calibration, tokenizer, spec.seed, job.data_folder)
-    with report.stage("compress"), peak_memory(spec.device) as peak:
+    with report.stage("compress"), sealed(*scored_on), peak_memory(spec.device) as peak:
         for index, (method, step) in enumerate(zip(recipe.stages, plan.stages, strict=True)):
             report.progress(method.name, index, len(recipe.stages))
             seed_everything(spec.seed)
@@ -97,7 +105,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     with report.stage("save"):
         ids = _probe_ids(model.config.vocab_size)
         checkpoint.save(model, tokenizer, job.folder)
-        checkpoint.save_probe(job.probe, ids, _logits(model, ids))
+        checkpoint.save_probe(job.probe, ids, audit.logits_of(model, ids))
     return {
         "compression": {
             "seconds": report.seconds["compress"],
@@ -115,12 +123,10 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     before = 0 if spec.device.startswith("cuda") else resident_memory()
     with report.stage("reload"), peak_memory(spec.device) as load_peak:
         model = checkpoint.reload(job.folder, spec.device)
-        tokenizer = load.load_tokenizer(str(job.folder))
+        tokenizer = load.load_tokenizer(job.source.location)  # never one that a method could change
     with report.stage("audit"):
         entries = ledger(model)
-        _audit_bytes(total_disk(entries), checkpoint.weight_bytes(job.folder))
-        _audit_budget(job, total_params(entries), total_disk(entries))
-        _audit_logits(model, job.probe)
+        _audit(job, model, entries, tokenizer)
     with report.stage("speed"), peak_memory(spec.device) as peak:
         prefill = speed.prefill(model, protocol.speed)
         decode = speed.decode(model, protocol.speed)
@@ -186,6 +192,7 @@ def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connec
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(job.threads)
+    gc.freeze()  # what the libraries hold is no business of the memory census
     report = Reporter(pipe)
     try:
         for plugin in job.plugins:
@@ -205,38 +212,21 @@ def _probe_ids(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
 
 
-@torch.inference_mode()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids.to(model.device), use_cache=False).logits
-    return logits
-
-
-def _audit_bytes(counted: int, stored: int) -> None:
-    if counted != stored:
-        raise CellFailed(
-            f"the ledger counts {counted:,} bytes but the checkpoint stores {stored:,}: something is saved"
-            " that the reloaded model does not hold, or held without being saved"
-        )
-
-
-def _audit_budget(job: Job, params: int, stored: int) -> None:
-    budget = job.spec.budget
-    if budget.metric == "none":
-        return
+def _audit(
+    job: Job, model: PreTrainedModel, entries: tuple[Entry, ...], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a checkpoint that breaks a rule of the suite, before anything is measured on it."""
+    spec = job.spec
+    config = load.load_config(job.source)
     dense = load.load_anatomy(job.source)
-    target = budget.target(dense.size(budget.metric))
-    achieved = params if budget.metric == "params" else stored
-    if achieved > target:
-        raise CellFailed(f"over budget: {achieved:,} {budget.metric} achieved, {target:,} allowed")
-
-
-def _audit_logits(model: Any, probe: Path) -> None:
-    ids, before = checkpoint.load_probe(probe)
-    after = _logits(model, ids).cpu()
-    if not torch.isfinite(after).all():
-        raise CellFailed("the reloaded checkpoint gives NaN or infinite logits")
-    if not torch.equal(before, after):
-        gap = float((before.float() - after.float()).abs().max())
-        raise CellFailed(
-            f"the reloaded checkpoint's logits differ from the compressed model's by up to {gap:.3g}"
-        )
+    audit.checkpoint_bytes(entries, job.folder)
+    audit.within_budget(spec.budget, dense, entries)
+    audit.as_planned(Recipe.parse(spec.recipe).plan(dense, spec.budget, spec.seed).final, entries)
+    audit.counted_honestly(model, dense.dtype)
+    audit.finite_tensors(model)
+    audit.same_logits(model, job.probe)
+    audit.same_config(config, job.source.location, model)
+    audit.same_tokenizer(tokenizer, load.load_tokenizer(str(job.folder)))
+    audit.no_hidden_memory(
+        model, entries, sum(e.resident - e.disk for e in dense.entries), audit.resident_tolerance(entries)
+    )
