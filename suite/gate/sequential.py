@@ -33,7 +33,7 @@ LARGEST_BET = {"pass": 0.9, "fail": 0.5}
 
 @dataclass(frozen=True)
 class Decision:
-    """What the rounds say: drops are shares in [-1, 1], bounds are one-sided and hold at any stopping time."""
+    """What the rounds say. Drops are shares in [-1, 1]; each bound is one-sided and holds at any time."""
 
     verdict: Verdict
     rounds: int
@@ -87,7 +87,8 @@ def bets(means: Floats, margin: float, against: Verdict) -> Floats:
     count = np.arange(means.shape[-2]) * means.shape[-1]
     spread = (PRIOR_VARIANCE * PRIOR_COUNT + before) / (PRIOR_COUNT + count)
     scaled = np.multiply.outer(np.array(list(STAKES)), margin / spread)
-    return np.minimum(scaled, LARGEST_BET[against])
+    stakes: Floats = np.minimum(scaled, LARGEST_BET[against])
+    return stakes
 
 
 def log_capital(means: Floats, margin: float, stakes: Floats, against: Verdict) -> Floats:
@@ -149,3 +150,17 @@ def _bound(means: Floats, stakes: Floats, side: Verdict, level: float) -> float:
         decided = at_low >= 0
         return low if decided == (side == "pass") else high
     return float(brentq(excess, low, high, xtol=1e-5))
+
+
+def looks(ends: dict[str, NDArray[np.int64]], first: int = 128) -> list[int]:
+    """Rounds after which to look: at least `first` items, then half as many again as used so far.
+
+    The looks decide how items are batched, never the verdict.
+    """
+    total = np.sum(list(ends.values()), axis=0)
+    stops = [0]
+    while stops[-1] < len(total) - 1:
+        used = total[stops[-1]]
+        wanted = int(np.searchsorted(total, used + max(first, used // 2)))
+        stops.append(min(wanted, len(total) - 1))
+    return stops

@@ -70,7 +70,7 @@ def draw(
     """Round means (replications × rounds × tasks) of resampled items, and items used after each round.
 
     Which items the models disagree on is resampled from the real pair; who is right on such an item is
-    drawn anew, so that the expected drop is exactly `drop`: at 0, which of the two is the base is a coin toss.
+    drawn anew, so that the expected drop is exactly `drop`: at 0, which one is the base is a coin toss.
     """
     generator = np.random.default_rng(seed)
     if abs(drop) > pair.discordance:
