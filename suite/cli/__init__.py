@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 fine, 1 verdict negative, 2 bad input, 3 some cells failed."""
+"""The command line. Exit codes: 0 fine, 1 verdict negative, 2 bad input, 3 failed cells, 4 not decided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from suite.cli import compare, run, show, validate  # noqa: F401 (importing them adds their commands)
+from suite.cli import compare, gate, run, show, validate  # noqa: F401 (importing adds their commands)
 from suite.cli.common import app, console
 
 

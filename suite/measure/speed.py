@@ -12,6 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from suite.specs import Frozen, SpeedSpec
 
+Prompted = tuple[DynamicCache, Tensor]
+"""The key-value cache of a prompt and the logits after it."""
+
 
 class Throughput(Frozen):
     """Median tokens per second over the repeats, the repeats themselves and their conditions."""
@@ -23,33 +26,56 @@ class Throughput(Frozen):
     unit: str = "tokens/s"
 
 
-def prefill(model: PreTrainedModel, spec: SpeedSpec) -> Throughput:
-    """One forward pass over batch × length prompt tokens, logits of the last position only."""
+def prefill_step(model: PreTrainedModel, spec: SpeedSpec) -> tuple[Callable[[], None], int]:
+    """A forward pass over batch × length prompt tokens (logits of the last position), and their number."""
     ids = _random_ids(model, spec.prefill_batch, spec.prefill_length)
 
     def step() -> None:
         with torch.inference_mode():
             model(ids, use_cache=False, logits_to_keep=1)
 
-    return _measure(model, step, ids.numel(), spec.prefill_batch, spec.prefill_length, spec.repeats)
+    return step, ids.numel()
+
+
+def decode_step(
+    model: PreTrainedModel, spec: SpeedSpec
+) -> tuple[Callable[[], Prompted], Callable[[Prompted], None], int]:
+    """Reading the prompt (batch 1), greedy generation of `decode_tokens` after it, and their number."""
+    prompt = _random_ids(model, 1, spec.decode_prompt)
+
+    @torch.inference_mode()
+    def read() -> Prompted:
+        cache = DynamicCache(config=model.config)
+        return cache, model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    @torch.inference_mode()
+    def generate(prompted: Prompted) -> None:
+        cache, logits = prompted
+        for _ in range(spec.decode_tokens):
+            token = logits[:, -1:].argmax(-1)
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+
+    return read, generate, spec.decode_tokens
+
+
+def prefill(model: PreTrainedModel, spec: SpeedSpec) -> Throughput:
+    """Throughput of `prefill_step`."""
+    step, tokens = prefill_step(model, spec)
+    return _measure(model, step, tokens, spec.prefill_batch, spec.prefill_length, spec.repeats)
 
 
 def decode(model: PreTrainedModel, spec: SpeedSpec) -> Throughput:
-    """Greedy generation of `decode_tokens` at batch 1 with a key-value cache, the prompt not timed."""
-    prompt = _random_ids(model, 1, spec.decode_prompt)
+    """Throughput of `decode_step` with a key-value cache, the prompt not timed."""
+    read, generate, tokens = decode_step(model, spec)
     rates = []
-    with torch.inference_mode():
-        for repeat in range(spec.repeats + 1):
-            cache = DynamicCache(config=model.config)
-            logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            _synchronize(model)
-            start = time.perf_counter()
-            for _ in range(spec.decode_tokens):
-                token = logits[:, -1:].argmax(-1)
-                logits = model(token, past_key_values=cache, use_cache=True).logits
-            _synchronize(model)
-            if repeat:  # the first one is the warm-up
-                rates.append(spec.decode_tokens / (time.perf_counter() - start))
+    for repeat in range(spec.repeats + 1):
+        prompted = read()
+        synchronize(model)
+        start = time.perf_counter()
+        generate(prompted)
+        synchronize(model)
+        if repeat:  # the first one is the warm-up
+            rates.append(tokens / (time.perf_counter() - start))
     return Throughput(
         tokens_per_s=statistics.median(rates), repeats=tuple(rates), batch=1, length=spec.decode_prompt
     )
@@ -84,10 +110,10 @@ def _measure(
     step()  # warm-up: allocations and lazy initialisation
     rates = []
     for _ in range(repeats):
-        _synchronize(model)
+        synchronize(model)
         start = time.perf_counter()
         step()
-        _synchronize(model)
+        synchronize(model)
         rates.append(tokens / (time.perf_counter() - start))
     return Throughput(tokens_per_s=statistics.median(rates), repeats=tuple(rates), batch=batch, length=length)
 
@@ -98,6 +124,7 @@ def _random_ids(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     return ids.to(model.device)
 
 
-def _synchronize(model: PreTrainedModel) -> None:
+def synchronize(model: PreTrainedModel) -> None:
+    """Wait until the device has done what it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

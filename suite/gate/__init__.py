@@ -1,0 +1,1 @@
+"""The gate: does a candidate keep what a baseline can do? Pass, fail, or not decided yet."""

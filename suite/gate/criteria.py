@@ -1,0 +1,207 @@
+"""The criteria beside accuracy: perplexity, size, memory and throughput of candidate over baseline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import stats
+from transformers import PreTrainedModel
+
+from suite import checkpoint
+from suite.errors import InputError
+from suite.evaluate.perplexity import Perplexity
+from suite.gate.sequential import Verdict
+from suite.measure import speed
+from suite.measure.ledger import ledger, total_disk
+from suite.measure.memory import peak_memory, resident_memory
+from suite.models import load
+from suite.records import Memory
+from suite.registry import load_plugin
+from suite.run.runner import process_context
+from suite.specs import Frozen, SpeedSpec
+
+Phase = Literal["prefill", "decode"]
+SPEED_ROUNDS = 15
+
+
+class Criterion(Frozen):
+    """One condition on the candidate and what was found; figures in the criterion's own unit."""
+
+    name: str
+    verdict: Verdict
+    text: str
+    limit: float
+    estimate: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    alpha: float | None = None
+    """Chance of a wrong verdict that is allowed; None for a plain comparison of two figures."""
+    reason: str = ""
+    """Why a verdict is inconclusive although the figures alone would say more."""
+
+
+def perplexity_ratio(base: Perplexity, candidate: Perplexity, limit: float, alpha: float) -> Criterion:
+    """Perplexity of the candidate over the baseline's, by Student's t over the paired windows.
+
+    Both bounds are one-sided at `alpha`. With every window equal, the interval is the estimate.
+
+    Raises:
+        InputError: the two were not computed over the same tokens, or windows are missing.
+    """
+    if (base.tokens_digest, base.window, base.bos) != (
+        candidate.tokens_digest,
+        candidate.window,
+        candidate.bos,
+    ):
+        raise InputError(
+            "--max-perplexity-ratio: baseline and candidate were scored on different tokens (another"
+            " tokenizer, text or window), so that their perplexities cannot be compared."
+        )
+    windows = len(base.window_nlls)
+    if windows != len(candidate.window_nlls) or windows < 2:
+        raise InputError("--max-perplexity-ratio needs the same windows, at least 2, on both sides.")
+    per_window = base.tokens / windows
+    gaps = (np.array(candidate.window_nlls) - np.array(base.window_nlls)) / per_window
+    if not np.isfinite(gaps).all():
+        text = f"perplexity of the candidate is not finite (limit {limit:g} ×)"
+        return Criterion(name="max-perplexity-ratio", verdict="fail", text=text, limit=limit, alpha=alpha)
+    mean, error = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(windows)
+    reach = float(stats.t.ppf(1 - alpha, windows - 1)) * error
+    low, ratio, high = (_exp(mean + offset) for offset in (-reach, 0.0, reach))
+    verdict: Verdict = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
+    text = (
+        f"perplexity {ratio:.3f} × [{low:.3f}, {high:.3f}], limit {limit:g} × ({windows} paired windows,"
+        f" α {alpha:.3g})"
+    )
+    return Criterion(
+        name="max-perplexity-ratio",
+        verdict=verdict,
+        text=text,
+        limit=limit,
+        estimate=ratio,
+        lower=low,
+        upper=high,
+        alpha=alpha,
+    )
+
+
+def plain_ratio(
+    name: str, what: str, base: float, candidate: float, limit: float, how: str = ""
+) -> Criterion:
+    """Two figures that carry no sampling error, compared."""
+    ratio = candidate / base
+    text = f"{what} {ratio:.3f} × ({candidate / 1e6:,.1f} of {base / 1e6:,.1f} MB), limit {limit:g} ×{how}"
+    verdict: Verdict = "pass" if ratio <= limit else "fail"
+    return Criterion(name=name, verdict=verdict, text=text, limit=limit, estimate=ratio)
+
+
+def throughput_ratio(
+    base: PreTrainedModel,
+    candidate: PreTrainedModel,
+    spec: SpeedSpec,
+    phase: Phase,
+    limit: float,
+    alpha: float,
+    rounds: int = SPEED_ROUNDS,
+) -> Criterion:
+    """Tokens per second of the candidate over the baseline's, from interleaved rounds.
+
+    Who goes first alternates, so that a drift of the machine hits both alike. The interval is that of
+    the median ratio by the sign test (order statistics), which asks nothing of the distribution.
+    """
+    measure: Callable[[PreTrainedModel, SpeedSpec], speed.Throughput] = getattr(speed, phase)
+    once = spec.model_copy(update={"repeats": 1})
+    ratios = []
+    for index in range(rounds):
+        rates = {}
+        for which in ("base", "candidate") if index % 2 == 0 else ("candidate", "base"):
+            rates[which] = measure(base if which == "base" else candidate, once).tokens_per_s
+        ratios.append(rates["candidate"] / rates["base"])
+    return judge_ratios(ratios, phase, limit, alpha)
+
+
+def judge_ratios(ratios: Sequence[float], phase: Phase, limit: float, alpha: float) -> Criterion:
+    """The verdict on paired throughput ratios (one per round)."""
+    ordered = sorted(ratios)
+    middle = statistics.median(ordered)
+    # The k-th smallest is a lower bound of the median with error P(Binomial(n, 1/2) < k).
+    k = int(stats.binom.ppf(alpha, len(ordered), 0.5))
+    low, high = (ordered[k - 1], ordered[-k]) if k else (0.0, math.inf)
+    verdict: Verdict = "pass" if low >= limit else "fail" if high < limit else "inconclusive"
+    text = (
+        f"{phase} {middle:.3f} × [{low:.3f}, {high:.3f}], limit {limit:g} × ({len(ordered)} interleaved"
+        f" rounds, α {alpha:.3g})"
+    )
+    return Criterion(
+        name="min-throughput-ratio",
+        verdict=verdict,
+        text=text,
+        limit=limit,
+        estimate=middle,
+        lower=low,
+        upper=high if math.isfinite(high) else None,
+        alpha=alpha,
+    )
+
+
+def stored_bytes(source: load.Source) -> int:
+    """Bytes of a model's weights as stored; counted on the model where no folder holds them."""
+    if Path(source.location).is_dir():
+        return checkpoint.weight_bytes(Path(source.location))
+    return total_disk(ledger(load.load_model(source)))
+
+
+def measure_memory(source: load.Source, device: str, spec: SpeedSpec, plugins: Sequence[str] = ()) -> Memory:
+    """Peak memory of loading and of inference, in a fresh process, as a cell's worker measures it.
+
+    Raises:
+        InputError: the process failed.
+    """
+    context = process_context()
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, source.location, device, spec, torch.get_num_threads(), tuple(plugins))
+    process = context.Process(target=_memory_worker, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        found: Any = receiver.recv()
+    except EOFError:
+        found = "the process was killed (out of memory?)"
+    finally:
+        process.join()
+        receiver.close()
+    if not isinstance(found, Memory):
+        raise InputError(f"the memory of '{source.name}' cannot be measured: {found}.")
+    return found
+
+
+def _memory_worker(
+    pipe: Connection, location: str, device: str, spec: SpeedSpec, threads: int, plugins: tuple[str, ...]
+) -> None:
+    torch.set_num_threads(threads)
+    try:
+        for plugin in plugins:
+            load_plugin(plugin)
+        before = 0 if device.startswith("cuda") else resident_memory()
+        with peak_memory(device) as loading:
+            model = checkpoint.reload(Path(location), device)
+        with peak_memory(device) as running:
+            speed.prefill(model, spec)
+            speed.decode(model, spec)
+        peaks = (max(peak.bytes - before, 0) for peak in (loading, running))
+        pipe.send(Memory(load=next(peaks), inference=next(peaks), how=running.how))
+    except Exception as error:  # whatever it was, the parent says it in one line
+        pipe.send(f"{type(error).__name__}: {error}")
+    finally:
+        pipe.close()
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

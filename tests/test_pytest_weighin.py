@@ -1,0 +1,106 @@
+"""The pytest fixtures, as a project with its own tests sees them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from suite.gate import gate, reports
+from tests.suite.gate.examples import save_checkpoint, save_record
+
+pytest_plugins = ["pytester"]
+
+RIGHT = {"one": [1.0] * 400, "two": [1.0, 0.0] * 200}
+WORSE = {"one": [0.0] * 400, "two": [0.0] * 400}
+FEW = {"one": [1.0] * 20, "two": [1.0] * 20}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import everything before pytester, which forgets modules that an inner run was the first to import."""
+    folder = tmp_path_factory.mktemp("import")
+    side = str(save_record(folder, FEW))
+    reports.text(gate.run(gate.Settings(side, side)))
+
+
+def project(
+    pytester: pytest.Pytester, arguments: str, base: dict[str, list[float]], other: dict[str, list[float]]
+) -> pytest.RunResult:
+    """Run a project whose one test calls the gate."""
+    baseline = save_record(pytester.path / "a", base)
+    candidate = save_record(pytester.path / "b", other, recipe="svd")
+    pytester.makepyfile(f"""
+        def test_quality(weighin_gate):
+            report = weighin_gate(baseline={str(baseline)!r}, candidate={str(candidate)!r}, {arguments})
+            assert report.verdict == "pass"
+    """)
+    return pytester.runpytest_inprocess("-p", "pytest_weighin", "-p", "no:cacheprovider", "-rs")
+
+
+def test_a_candidate_that_keeps_its_quality_passes(pytester: pytest.Pytester) -> None:
+    project(pytester, "max_drop=2.0", RIGHT, RIGHT).assert_outcomes(passed=1)
+
+
+def test_a_loss_fails_the_test_with_the_gates_own_text(pytester: pytest.Pytester) -> None:
+    result = project(pytester, "max_drop=2.0", RIGHT, WORSE)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["gate: FAIL *lower bound of the drop*", "*items flipped*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_an_undecided_gate_fails_unless_asked_to_skip(pytester: pytest.Pytester) -> None:
+    project(pytester, "max_drop=2.0", FEW, FEW).assert_outcomes(failed=1)
+    result = project(pytester, "max_drop=2.0, inconclusive='skip'", FEW, FEW)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*gate: INCONCLUSIVE*"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("max_drp=2.0", "*Did you mean 'max_drop'?*"),
+        ("max_drop=0.0", "*must be above 0*"),
+        ("inconclusive='ignore'", "*must be 'fail' or 'skip'*"),
+        ("data_dir='nowhere'", "*does not exist*"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(pytester: pytest.Pytester, arguments: str, words: str) -> None:
+    result = project(pytester, arguments, RIGHT, RIGHT)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([words])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_throughput_goes_through_pytest_benchmark(pytester: pytest.Pytester, phase: str) -> None:
+    folder = save_checkpoint(pytester.path / "model")
+    pytester.makepyfile(f"""
+        def test_speed(weighin_throughput, benchmark):
+            rate = weighin_throughput({str(folder)!r}, {phase!r})
+            assert rate == benchmark.extra_info["tokens_per_s"] > 0
+            assert len(benchmark.stats.stats.data) == 5
+            assert benchmark.extra_info["phase"] == {phase!r}
+    """)
+    arguments = ("-p", "pytest_weighin", "-p", "no:cacheprovider")
+    pytester.runpytest_inprocess(*arguments).assert_outcomes(passed=1)
+
+
+def test_throughput_without_benchmarks_runs_the_step_once(pytester: pytest.Pytester) -> None:
+    folder = save_checkpoint(pytester.path / "model")
+    pytester.makepyfile(f"""
+        import math
+
+        def test_speed(weighin_throughput):
+            assert math.isnan(weighin_throughput({str(folder)!r}))
+    """)
+    arguments = ("-p", "pytest_weighin", "-p", "no:cacheprovider", "--benchmark-disable")
+    pytester.runpytest_inprocess(*arguments).assert_outcomes(passed=1)
+
+
+def test_loading_the_plugin_imports_neither_torch_nor_the_suite() -> None:
+    code = "import sys, pytest_weighin; print({'torch', 'transformers', 'numpy', 'suite'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
