@@ -1,6 +1,6 @@
 """The conformance checks as tests, one for each method and check.
 
-    pytest --pyargs suite.conformance --weighin-method my_svd.py
+    pytest -p suite.pytest_plugin --pyargs suite.conformance --weighin-method my_svd.py
 
 Without `--weighin-method`, every installed method is checked.
 """

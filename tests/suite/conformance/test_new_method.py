@@ -68,7 +68,7 @@ def test_the_checks_run_as_tests_of_another_package(tmp_path: Path) -> None:
     method, _ = write("my-low-rank", tmp_path)
     arguments = ["--pyargs", "suite.conformance", "--weighin-method", method.name]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "suite.conformance.plugin", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "suite.pytest_plugin", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,8 +1,8 @@
-"""pytest fixtures for projects that guard a model in their own tests (entry point `pytest11`).
+"""pytest plug-in: guard a model, or check a method, in the tests of another project.
 
-`weighin_gate` judges a candidate against a baseline; `weighin_throughput` times one phase with
-pytest-benchmark. Every pytest run of the environment loads this module, so it imports nothing heavy until
-a test asks for a fixture. For the same reason it lies outside of `suite`, which imports torch.
+Name it in the project's `conftest.py` (`pytest_plugins = ["suite.pytest_plugin"]`) or as `pytest -p
+suite.pytest_plugin`. It is not loaded by itself: importing `suite` imports torch, which no test run of an
+environment should pay for unasked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from suite.gate.gate import Report
 
 GateFixture = Callable[..., "Report"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--weighin-method FILE|NAME` for the tests of `suite.conformance`."""
+    parser.getgroup("weighin").addoption(
+        "--weighin-method",
+        action="append",
+        metavar="FILE|NAME",
+        help="Method for suite.conformance to check: a plug-in file, a name or a recipe. Repeatable;"
+        " all installed methods when not given.",
+    )
 
 
 @pytest.fixture(scope="session")
