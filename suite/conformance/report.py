@@ -10,8 +10,9 @@ from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
+from suite.conformance.findings import Finding
 from suite.conformance.ranking import Difference, Ranking
-from suite.conformance.trial import Examination, Finding
+from suite.conformance.trial import Examination
 
 _MARKS = {"passed": "[green]✓[/]", "failed": "[bold red]✗[/]", "exempt": "[dim]–[/]"}
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +24,9 @@ import torch
 from suite import checkpoint, data
 from suite.calibration import Calibration, tokens_digest
 from suite.conformance import tiny
-from suite.conformance.checks import (
-    CHECKS,
-    SEED,
-    Attempt,
-    Case,
-    Check,
-    Exempt,
-    Planning,
-    Reloaded,
-    Scope,
-    Situation,
-    Twins,
-)
+from suite.conformance.cases import SEED, Attempt, Case, Exempt, Planning, Reloaded, Scope, Situation, Twins
+from suite.conformance.checks import CHECKS
+from suite.conformance.findings import Finding, Outcome, summed
 from suite.errors import ImpossibleBudget, InputError, WeighinError
 from suite.measure.ledger import ledger
 from suite.method import Metric, methods
@@ -57,7 +47,6 @@ TARGETS: dict[Metric, tuple[float, ...]] = {
 
 STACKED = "rtn-int4"
 TIMEOUT = 300.0
-Status = Literal["passed", "failed", "exempt"]
 
 
 @dataclass(frozen=True)
@@ -66,26 +55,6 @@ class Subject:
 
     recipe: str
     plugins: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one check found in one case."""
-
-    check: str
-    family: str
-    status: Status
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found over all tiny models."""
-
-    check: Check
-    status: Status
-    details: tuple[str, ...]
-    """Offences of a failed check, else what it reports."""
 
 
 @dataclass(frozen=True)
@@ -161,27 +130,8 @@ def examine(subject: Subject, families: Sequence[str] = tuple(tiny.FAMILIES)) ->
             outcomes += [outcome for part in rest for outcome in part.result()]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    findings = tuple(_summed(check, outcomes) for check in CHECKS.values())
+    findings = tuple(summed(check, outcomes) for check in CHECKS.values())
     return Examination(subject, findings, time.perf_counter() - start)
-
-
-def _summed(check: Check, outcomes: Sequence[Outcome]) -> Finding:
-    """One finding from the outcomes of all cases; equal offences of several families are told once."""
-    own = [outcome for outcome in outcomes if outcome.check == check.name]
-    failed = [outcome for outcome in own if outcome.status == "failed"]
-    passed = [outcome for outcome in own if outcome.status == "passed"]
-    if failed:
-        families: dict[str, list[str]] = {}
-        for outcome in failed:
-            families.setdefault(outcome.detail, []).append(outcome.family)
-        texts = [f"{detail} ({', '.join(dict.fromkeys(f))})" for detail, f in families.items()]
-        return Finding(check, "failed", tuple(texts))
-    if passed:
-        first = passed[0].family
-        details = dict.fromkeys(o.detail for o in passed if o.family == first and o.detail)
-        return Finding(check, "passed", tuple(details))
-    why = dict.fromkeys(outcome.detail for outcome in own if outcome.detail)
-    return Finding(check, "exempt", tuple(why) or ("nothing to look at",))
 
 
 def _compress_all(desk: Desk) -> tuple[list[tuple[Case, Path]], list[Outcome]]:

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from suite.conformance import report
 from suite.conformance.checks import CHECKS
+from suite.conformance.findings import Finding, Outcome, summed
 from suite.conformance.ranking import Difference, Ranking
-from suite.conformance.trial import Examination, Finding, Outcome, Subject, _summed
+from suite.conformance.trial import Examination, Subject
 
 SLOW = "a forward takes 37 × the dense model's time"
 FINDINGS = (
@@ -90,12 +91,12 @@ def test_one_failing_family_fails_a_check_and_nothing_passes_unseen(
     statuses: list[str], expected: str
 ) -> None:
     outcomes = [Outcome("trains", f"family{i}", status, "x") for i, status in enumerate(statuses)]  # type: ignore[arg-type]
-    assert _summed(CHECKS["trains"], outcomes).status == expected
+    assert summed(CHECKS["trains"], outcomes).status == expected
 
 
 def test_equal_offences_of_several_families_are_told_once() -> None:
     outcomes = [Outcome("trains", family, "failed", "no") for family in ("llama", "opt")]
-    assert _summed(CHECKS["trains"], outcomes).details == ("no (llama, opt)",)
+    assert summed(CHECKS["trains"], outcomes).details == ("no (llama, opt)",)
 
 
 def test_every_check_has_a_sentence() -> None:

@@ -124,8 +124,8 @@ class Holder(nn.Linear):
 _GLOBAL: dict[str, object] = {}
 
 
-def _closure(value: object) -> Callable[[], object]:
-    return lambda: value
+def _closure(value: object) -> Callable[..., object]:
+    return lambda *_: value
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def _closure(value: object) -> Callable[[], object]:
         (lambda layer, big: Holder.shared.append(big), "class Holder keeps it in attribute 'shared'"),
         (lambda layer, big: _GLOBAL.update(big=big), "keeps it in the global '_GLOBAL'"),
         (
-            lambda layer, big: layer.register_forward_hook(lambda *_: None if big is None else None),
-            "attribute '_forward_hooks'",
+            lambda layer, big: layer.register_forward_hook(_closure(big)),
+            "0 keeps it in attribute '_forward_hooks' (the closure of _closure",
         ),
     ],
 )
