@@ -61,7 +61,7 @@ def test_the_tokenizer_alone_changes_the_key(key: Key, folder: Path) -> None:
     assert key() != before
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 1}, {"dtype": "bfloat16"}, {"name": "other"}])
+@pytest.mark.parametrize("change", [{"tokens_per_batch": 1}, {"dtype": "bfloat16"}, {"name": "other"}])
 def test_the_protocol_with_its_batches_and_dtype_changes_the_key(
     key: Key, protocol: Protocol, change: dict[str, Any]
 ) -> None:
