@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from suite.cli.common import (
@@ -16,7 +18,6 @@ from suite.cli.common import (
     Plugins,
     Results,
     app,
-    console,
     guarded,
     output_console,
 )
@@ -86,7 +87,8 @@ def gate(
         data_folder=data.data_directory(data_dir),
         plugins=tuple(plugin or ()),
     )
-    with console.status("Comparing") as status:
+    # Bound to the present standard error: libraries' own progress bars are redirected while it shows.
+    with Console(file=sys.stderr, highlight=False).status("Comparing") as status:
         report = run(
             settings,
             lambda used, available, decision: status.update(

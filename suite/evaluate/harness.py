@@ -6,11 +6,13 @@ alone is replaced by the data directory when one is given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -148,17 +150,15 @@ class Scorer:
         samples: dict[str, list[int]] = {}
         for name, index in chosen:
             samples.setdefault(name, []).append(index)
-        output = lm_evaluate(
-            lm=self.harness,
-            task_dict={
-                "tasks": {name: self._load(spec.name)[name] for name in samples},
-                "groups": {},
-                "group_map": {},
-            },
-            samples=samples,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        tasks = {name: self._load(spec.name)[name] for name in samples}
+        with _without_bars():
+            output = lm_evaluate(
+                lm=self.harness,
+                task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+                samples=samples,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
         rows: list[dict[str, Any]] = []
         for name, logged in output["samples"].items():
             kept = [sample for sample in logged if sample["filter"] == spec.filter]
@@ -190,7 +190,8 @@ class Scorer:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._tasks:
-            tasks = load_tasks(name, self.folder)
+            with _without_bars():
+                tasks = load_tasks(name, self.folder)
             for task in tasks.values():  # as lm-eval's own command does
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
@@ -260,6 +261,13 @@ def _subjects(path: Path) -> list[str]:
 
 def _only(dataset: Any, subject: str) -> Any:
     return dataset.filter(lambda row: row["subject"] == subject)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep lm-eval's progress bars, which cannot be switched off, out of the caller's own display."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _smaller(*limits: int | None) -> int:

@@ -68,7 +68,9 @@ def main(
             answers[side] = lm.loglikelihood(requests, disable_tqdm=True)
             seconds[side] = time.perf_counter() - start
         theirs, ours = (by_item(requests, answers[side]) for side in (next(iter(sides)), "weighin"))
-        gaps = [abs(a - b) for item, scores in theirs.items() for a, b in zip(scores, ours[item], strict=True)]
+        gaps = [
+            abs(a - b) for item, scores in theirs.items() for a, b in zip(scores, ours[item], strict=True)
+        ]
         largest, different, ties = max(gaps), 0, 0
         for item, scores in theirs.items():
             if scores.index(max(scores)) != ours[item].index(max(ours[item])):
@@ -77,9 +79,17 @@ def main(
                 different += first - second > 2 * largest
         lines.append([name, *seconds.values(), largest, different, ties])
     total = [sum(line[1 + index] for line in lines) for index in range(len(sides))]
-    lines.append(["all", *total, max(line[-3] for line in lines), *(sum(line[i] for line in lines) for i in (-2, -1))])
+    lines.append(
+        ["all", *total, max(line[-3] for line in lines), *(sum(line[i] for line in lines) for i in (-2, -1))]
+    )
     rows_out = [[*line, min(line[1 : len(sides)]) / line[len(sides)]] for line in lines]
-    columns = [*(f"{side} s" for side in sides), "largest difference", "other answers", "other at ties", "speed-up"]
+    columns = [
+        *(f"{side} s" for side in sides),
+        "largest difference",
+        "other answers",
+        "other at ties",
+        "speed-up",
+    ]
     typer.echo(tabulate(rows_out, ["task", *columns], tablefmt="github", floatfmt=".3g"))
 
 

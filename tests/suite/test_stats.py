@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,19 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from suite import stats
+from suite.compare import Chosen, choose
+from suite.records import RecordStore
 from suite.stats import Floats, Intervals
 
-RECORDS = Path(__file__).resolve().parents[2] / "results" / "records" / "smollm2-135m"
+STORE = RecordStore(Path(__file__).resolve().parents[2] / "results")
 ROWS = {
-    "dense": "289508eac5c65d53",
-    "rtn-int8": "2183c184b80dee8e",
-    "rtn-int4": "12617c802a612be7",
-    "rtn-int4 embedding too": "b50432d8a00b3207",
-    "svd": "fdba587064c00889",
-    "layerchop": "3f62e03c806fee38",
-    "random-layers": "00e6d0859d649c0d",
+    "dense": "dense",
+    "rtn-int8": "rtn-int8@bytes=0.55",
+    "rtn-int4": "rtn-int4@bytes=0.45",
+    "rtn-int4 embedding too": "rtn-int4@bytes=0.3",
+    "svd": "svd@bytes=0.45",
+    "layerchop": "layerchop@params=0.8",
+    "random-layers": "random-layers@params=0.9",
 }
 TASKS = np.repeat(["large", "b", "c"], [40, 12, 12])
 
@@ -172,8 +173,13 @@ def test_more_items_never_show_less(sizes: list[int], discordant: float) -> None
 
 
 @pytest.fixture(scope="module")
-def real() -> dict[str, pd.DataFrame]:
-    return {name: pd.read_parquet(RECORDS / f"{id}.items.parquet") for name, id in ROWS.items()}
+def chosen() -> dict[str, Chosen]:
+    return {name: choose(STORE, row, protocol="embedded") for name, row in ROWS.items()}
+
+
+@pytest.fixture(scope="module")
+def real(chosen: dict[str, Chosen]) -> dict[str, pd.DataFrame]:
+    return {name: row.items for name, row in chosen.items()}
 
 
 def coverage(
@@ -252,11 +258,10 @@ def test_log_probability_intervals_hold_as_often_as_they_say(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "_"), PAIRS)
-def test_perplexity_intervals_hold_as_often_as_they_say(first: str, second: str, _: float) -> None:
-    nlls = [
-        json.loads((RECORDS / f"{ROWS[name]}.json").read_text())["measurements"]["perplexity"]["window_nlls"]
-        for name in (first, second)
-    ]
+def test_perplexity_intervals_hold_as_often_as_they_say(
+    chosen: dict[str, Chosen], first: str, second: str, _: float
+) -> None:
+    nlls = [chosen[name].measurements.perplexity.window_nlls for name in (first, second)]
     population = np.array(nlls)
     one = np.zeros(population.shape[1])
     assert 0.93 <= coverage(population, one, [(0, 1)], 2000, pseudo_pairs=0) <= 0.97
