@@ -96,7 +96,8 @@ def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
     if name not in known and name not in _task_manager(True).all_tasks:
         raise InputError(f"no task is called '{name}'.{nearest(name, known)}")
     try:
-        return dict(_task_manager(not _is_embedded(name)).load(_specifications(name, folder))["tasks"])
+        with _without_bars():
+            return dict(_task_manager(not _is_embedded(name)).load(_specifications(name, folder))["tasks"])
     except InputError:
         raise
     except Exception as error:  # lm-eval fails in many ways on files that do not fit
@@ -120,7 +121,7 @@ class Scorer:
         """`folder` is the data directory, None for the hub."""
         from suite.evaluate.model import WeighinLM
 
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
         self.protocol, self.folder = protocol, folder
         self.harness = WeighinLM(model, tokenizer=tokenizer, tokens_per_batch=protocol.tokens_per_batch)
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -190,8 +191,7 @@ class Scorer:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._tasks:
-            with _without_bars():
-                tasks = load_tasks(name, self.folder)
+            tasks = load_tasks(name, self.folder)
             for task in tasks.values():  # as lm-eval's own command does
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)

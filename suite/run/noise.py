@@ -30,7 +30,8 @@ def noise_floor(
     """Score a model again with another batch size, and with another thread count on a CPU.
 
     `first` is what the first run gave: its item rows and perplexity. Multiple-choice tasks only, at
-    most 200 items each: generation takes minutes, and these say how large the rounding is.
+    most 200 items each: generation takes minutes, and these say how large the rounding is. Where a task
+    has more items than that, they also share their batches with others than in the first run.
     """
     rows, ppl = first
     scored = {row["task"] for row in rows if row["log_likelihoods"]}
@@ -56,7 +57,8 @@ def noise_floor(
         other_threads = threads - 1 or 2
         torch.set_num_threads(other_threads)
         try:
-            floor.append(again(f"{other_threads} threads instead of {threads}"))
+            plural = "s" if other_threads > 1 else ""
+            floor.append(again(f"{other_threads} thread{plural} instead of {threads}"))
         finally:
             torch.set_num_threads(threads)
     return floor
