@@ -1,4 +1,4 @@
-"""Plug-ins loaded by these tests are forgotten afterwards: other tests list all methods."""
+"""Plug-ins that a module of tests loads are forgotten after it: other tests list all methods."""
 
 from __future__ import annotations
 
