@@ -88,6 +88,32 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@module_type("linear")
+class ResizedLinear(nn.Linear):
+    """An ordinary linear layer of another shape than the dense model's."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> ResizedLinear:
+        """Build from `weight` (out × in) and `bias` (out), stored as `dtype`."""
+        with torch.device(weight.device), default_dtype(dtype):
+            module = cls(weight.shape[1], weight.shape[0], bias is not None)
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
+
 @module_type("low_rank")
 class LowRankLinear(nn.Module):
     """`y = second(first(x)) + bias` with `first` (rank × in) and `second` (out × rank)."""

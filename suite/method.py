@@ -29,11 +29,13 @@ class MethodConfig(BaseModel):
 class Plan(Frozen):
     """What a method will do, decided on shapes alone.
 
-    `knobs` are shown to the user; `drop` lists blocks to remove; `modules` says which module type
-    with which arguments will stand at each path (numbered as after dropping).
+    `knobs` are shown to the user; `notes` are kept in the record only (a loss curve, a search's
+    trials); `drop` lists blocks to remove; `modules` says which module type with which arguments
+    will stand at each path (numbered as after dropping).
     """
 
     knobs: dict[str, Any] = Field(default_factory=dict)
+    notes: dict[str, Any] = Field(default_factory=dict)
     drop: tuple[int, ...] = ()
     modules: dict[str, ModuleSpec] = Field(default_factory=dict)
 
@@ -71,6 +73,8 @@ class Method(ABC, Generic[ConfigT]):
     acts_on: ClassVar[frozenset[Metric]] = frozenset({"params", "bytes"})
     needs: ClassVar[frozenset[str]] = frozenset()
     """Any of "calibration", "cuda"."""
+    adaptive: ClassVar[bool] = False
+    """Whether `compress` lets the data decide how the planned size is spread over the modules."""
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: ConfigT):
@@ -85,8 +89,12 @@ class Method(ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
-        """Turn the dense `model` into what `plan` says, in place."""
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan | None:
+        """Turn the dense `model` into what `plan` says, in place.
+
+        Returns the plan as it was carried out when that says more than `plan`: notes for the record,
+        or, for an adaptive method, other modules of at most the planned size. None means `plan`.
+        """
 
 
 methods: Registry[type[Method[Any]]] = Registry("method")

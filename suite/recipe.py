@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from transformers import PreTrainedModel
 
-from suite.errors import ImpossibleBudget, InputError, NotApplicable
+from suite.calibration import Calibration
+from suite.errors import CellFailed, ImpossibleBudget, InputError, NotApplicable
 from suite.method import Method, Plan, Target, methods
 from suite.models.anatomy import Anatomy
 from suite.specs import Budget, explain
 
 _STAGE = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(?:\(([^()]*)\))?\s*")
 _SEARCH_STEPS = 12
+_ROOM = 0.995
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,53 @@ class Recipe:
         refused.args = (_refusal(str(self), budget, anatomy, refused),)
         raise refused
 
+    def compress(
+        self,
+        model: PreTrainedModel,
+        plan: RecipePlan,
+        calibration: Calibration | None,
+        before_stage: Callable[[Method[Any]], None] = lambda stage: None,
+    ) -> RecipePlan:
+        """Carry out `plan` on `model`, in place; returns it as it was carried out.
+
+        A stage after an adaptive one is planned anew for the shapes it really meets.
+
+        Raises:
+            CellFailed: an adaptive stage made more of the model than was planned.
+            ImpossibleBudget: what an adaptive stage made leaves a later stage no way to meet the budget.
+        """
+        anatomy = plan.start
+        carried_out: list[Plan] = []
+        for stage, step, target in zip(self.stages, plan.stages, plan.targets, strict=True):
+            before_stage(stage)
+            if anatomy != plan.start and any(earlier.adaptive for earlier in self.stages[: len(carried_out)]):
+                step = stage.plan(anatomy, target, plan.seed)
+            needed = calibration if "calibration" in stage.needs else None
+            done = stage.compress(model, step, needed) or step
+            _no_larger(stage.name, step.apply(anatomy), after := done.apply(anatomy))
+            anatomy = after
+            carried_out.append(done)
+        return replace(plan, stages=tuple(carried_out), final=anatomy)
+
     def _chain(self, anatomy: Anatomy, targets: dict[int, Target], seed: int) -> RecipePlan:
-        plans = []
+        plans, start = [], anatomy
         for index, stage in enumerate(self.stages):
             plan = stage.plan(anatomy, targets.get(index), seed)
             anatomy = plan.apply(anatomy)
             plans.append(plan)
-        return RecipePlan(tuple(plans), anatomy)
+        given = tuple(targets.get(index) for index in range(len(plans)))
+        return RecipePlan(tuple(plans), anatomy, start, given, seed)
 
     def _search(self, anatomy: Anatomy, target: Target, first: int, last: int, seed: int) -> RecipePlan:
         dense = anatomy.size(target.metric)
+        # The sizes an adaptive stage settles for are not known yet: leave the last stage room.
+        room = _ROOM if self.stages[first].adaptive else 1.0
+        aim = Target(target.metric, int(room * target.value))
 
         def attempt(size: int) -> RecipePlan:
-            return self._chain(anatomy, {first: Target(target.metric, size), last: target}, seed)
+            plan = self._chain(anatomy, {first: Target(target.metric, size), last: aim}, seed)
+            targets = tuple(target if given is aim else given for given in plan.targets)
+            return replace(plan, targets=targets)
 
         try:
             return attempt(dense)
@@ -132,17 +170,37 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The plans of all stages and the shapes they end in."""
+    """The plans of all stages, the shapes they start from and end in, and what each was solved for."""
 
     stages: tuple[Plan, ...]
     final: Anatomy
+    start: Anatomy
+    targets: tuple[Target | None, ...]
+    seed: int
 
     def knobs(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """Solved knobs by stage name; a second stage of the same name is `name #2`."""
-        solved: dict[str, dict[str, Any]] = {}
-        for number, (stage, plan) in enumerate(zip(recipe.stages, self.stages, strict=True), start=1):
-            solved[stage.name if stage.name not in solved else f"{stage.name} #{number}"] = plan.knobs
-        return solved
+        return self._by_stage(recipe, [plan.knobs for plan in self.stages])
+
+    def notes(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
+        """What the stages want kept in the record, by stage name; stages without notes are left out."""
+        notes = self._by_stage(recipe, [plan.notes for plan in self.stages])
+        return {name: note for name, note in notes.items() if note}
+
+    @staticmethod
+    def _by_stage(recipe: Recipe, values: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        named: dict[str, dict[str, Any]] = {}
+        for number, (stage, value) in enumerate(zip(recipe.stages, values, strict=True), start=1):
+            named[stage.name if stage.name not in named else f"{stage.name} #{number}"] = value
+        return named
+
+
+def _no_larger(stage: str, planned: Anatomy, carried_out: Anatomy) -> None:
+    for metric in ("params", "bytes"):
+        if carried_out.size(metric) > planned.size(metric):
+            raise CellFailed(
+                f"{stage} made {carried_out.size(metric):,} {metric} of a plan for {planned.size(metric):,}"
+            )
 
 
 def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBudget) -> str:

@@ -99,6 +99,8 @@ class Record(Part):
     model_note: str = ""
     dense: Sizes
     knobs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What the stages of the recipe want kept beside their knobs, such as a loss curve."""
     planned: Sizes | None = None
     compression: Compression | None = None
     measurements: Measurements | None = None

@@ -113,9 +113,7 @@ def compress(model: PreTrainedModel, recipe: str, budget: str = "none", seed: in
     """Plan and perform a recipe on `model`, in place."""
     parsed = Recipe.parse(recipe)
     plan = parsed.plan(anatomy_of(model), Budget.parse(budget), seed)
-    for stage, step in zip(parsed.stages, plan.stages, strict=True):
-        stage.compress(model, step, calibration_sample())
-    return plan
+    return parsed.compress(model, plan, calibration_sample())
 
 
 def calibration_sample() -> Calibration:

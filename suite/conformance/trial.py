@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import shutil
@@ -29,7 +30,7 @@ from suite.conformance.checks import CHECKS
 from suite.conformance.findings import Finding, Outcome, summed
 from suite.errors import ImpossibleBudget, InputError, WeighinError
 from suite.measure.ledger import ledger
-from suite.method import Metric, methods
+from suite.method import Metric, Plan, methods
 from suite.models import load
 from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin, origin
@@ -202,10 +203,10 @@ def _attempt(desk: Desk, case: Case, folder: Path) -> Exception | None:
         model, tokenizer = load.load_model(source, device), load.load_tokenizer(source.location)
         with _no_peeking():
             plan = recipe.plan(load.load_anatomy(source), case.budget, SEED)
-            for stage, step in zip(recipe.stages, plan.stages, strict=True):
-                seed_everything(SEED)
-                stage.compress(model, step, _calibration() if "calibration" in stage.needs else None)
+            plan = recipe.compress(model, plan, _calibration(), lambda stage: seed_everything(SEED))
         checkpoint.save(model, tokenizer, folder)
+        stages = [step.model_dump(mode="json") for step in plan.stages]
+        _carried_out(folder).write_text(json.dumps(stages))
         ids = tiny.token_ids(2, 32)
         checkpoint.save_probe(_probe(folder), ids, audit.logits_of(model, ids))
     except Exception as error:  # whatever a method raises is what we want to know
@@ -239,7 +240,9 @@ def _reload_all(desk: Desk, cases: Sequence[tuple[Case, Path]]) -> list[Outcome]
         try:
             recipe = Recipe.parse(case.recipe)
             model = checkpoint.reload(folder, "cuda" if "cuda" in recipe.needs else "cpu")
-            planned = recipe.plan(dense, case.budget, SEED).final
+            planned = dense
+            for step in json.loads(_carried_out(folder).read_text()):
+                planned = Plan.model_validate(step).apply(planned)
         except Exception as error:  # a checkpoint that does not load is a finding
             detail = f"it does not load: {_told(error)}"
             outcomes.append(Outcome("reloads in a fresh process", case.family, "failed", detail))
@@ -285,6 +288,10 @@ def _calibration() -> Calibration:
 
 def _probe(folder: Path) -> Path:
     return folder.with_suffix(".probe.safetensors")
+
+
+def _carried_out(folder: Path) -> Path:
+    return folder.with_suffix(".plan.json")
 
 
 def _disturb() -> None:

@@ -32,7 +32,17 @@ class Layout:
     attention: str
     norms: tuple[str, ...]
     roles: Mapping[str, str]
-    """Path inside a block -> role of that linear."""
+    """Path inside a block -> role of that linear, in the order they run."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths inside a block of the linears that read the same input, in the order they run."""
+        shared = {"key": "query", "value": "query", "up": "gate"}
+        groups: dict[str, list[str]] = {}
+        for path, role in self.roles.items():
+            first = shared.get(role, role)
+            groups.setdefault(first if first in self.roles.values() else role, []).append(path)
+        return tuple(tuple(paths) for paths in groups.values())
 
 
 LLAMA_LIKE = Layout(

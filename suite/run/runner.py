@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -179,6 +179,7 @@ class Grid:
                 part = self._supervise(step, job, cell, listener, stop)
                 if part is None:
                     return
+                job = replace(job, plan=part.get("plan"))
                 seconds = results.get("seconds", {}) | part["seconds"]
                 results |= part | {"seconds": seconds}
             self._record(cell, results)
@@ -231,6 +232,9 @@ class Grid:
         record = cell.record
         record.compression = Compression.model_validate(results["compression"])
         record.measurements = Measurements.model_validate(results["measurements"])
+        recipe = Recipe.parse(cell.spec.recipe)
+        record.knobs = results["plan"].knobs(recipe)
+        record.notes = results["plan"].notes(recipe)
         record.calibration_digest = results["calibration_digest"]
         record.conditions = results["conditions"]
         record.noise = results["noise"]

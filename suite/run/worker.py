@@ -31,9 +31,10 @@ from suite.evaluate import harness, perplexity
 from suite.measure import speed
 from suite.measure.ledger import Entry, ledger, total_disk, total_params
 from suite.measure.memory import peak_memory, resident_memory
+from suite.method import Method
 from suite.models import load
 from suite.models.anatomy import decoder_params, layout_of
-from suite.recipe import Recipe
+from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin
 from suite.run import audit
 from suite.run.environment import conditions
@@ -57,6 +58,8 @@ class Job:
     log: Path
     threads: int
     jobs: int
+    plan: RecipePlan | None = None
+    """The plan as it was carried out, for the second half."""
     plugins: tuple[str, ...] = ()
     data_folder: Path | None = None
 
@@ -98,10 +101,12 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         if "calibration" in recipe.needs:
             sample = calibration.draw(spec.calibration, tokenizer, spec.seed, job.data_folder)
     with report.stage("compress"), sealed(*scored_on), peak_memory(spec.device) as peak:
-        for index, (method, step) in enumerate(zip(recipe.stages, plan.stages, strict=True)):
-            report.progress(method.name, index, len(recipe.stages))
+
+        def before(stage: Method[Any]) -> None:
+            report.progress(stage.name, recipe.stages.index(stage), len(recipe.stages))
             seed_everything(spec.seed)
-            method.compress(model, step, sample)
+
+        plan = recipe.compress(model, plan, sample, before)
     with report.stage("save"):
         ids = _probe_ids(model.config.vocab_size)
         checkpoint.save(model, tokenizer, job.folder)
@@ -112,6 +117,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             "peak_bytes": peak.bytes,
             "peak_how": peak.how,
         },
+        "plan": plan,
         "calibration_digest": sample.digest if sample else None,
         "seconds": report.seconds,
     }
@@ -221,7 +227,8 @@ def _audit(
     dense = load.load_anatomy(job.source)
     audit.checkpoint_bytes(entries, job.folder)
     audit.within_budget(spec.budget, dense, entries)
-    audit.as_planned(Recipe.parse(spec.recipe).plan(dense, spec.budget, spec.seed).final, entries)
+    planned = job.plan or Recipe.parse(spec.recipe).plan(dense, spec.budget, spec.seed)
+    audit.as_planned(planned.final, entries)
     audit.counted_honestly(model, dense.dtype)
     audit.finite_tensors(model)
     audit.same_logits(model, job.probe)

@@ -1,0 +1,135 @@
+"""Calibration tokens on their way through a model, one block at a time.
+
+At most one block's activations are held, whatever the model's depth. The caller may change a block
+while it stands there; the next block is fed what the changed one gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from suite.models.anatomy import layout_of
+
+BATCH_SIZE = 8
+
+
+class _Enough(Exception):
+    """What was wanted has been seen; the rest of the forward pass is not needed."""
+
+
+@dataclass
+class BlockOnStream:
+    """One block with the inputs that the blocks before it, as they now are, give it."""
+
+    index: int
+    path: str
+    module: nn.Module
+    inputs: list[Tensor]
+    """Hidden states entering the block, by batch (sequences × length × hidden size)."""
+    arguments: list[dict[str, Any]]
+    """The other arguments of the block's forward, by batch."""
+
+    @torch.no_grad()
+    def observe(self, path: str, see: Callable[[Tensor], None]) -> None:
+        """Call `see` with the input of the submodule at `path` inside the block, batch by batch.
+
+        Inputs are two-dimensional (tokens × features). What comes after the submodule is not run.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else kwargs["hidden_states"]
+            see(value.reshape(-1, value.shape[-1]))
+            raise _Enough
+
+        handle = self.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for hidden, arguments in zip(self.inputs, self.arguments, strict=True):
+                try:
+                    self.module(hidden, **arguments)
+                except _Enough:
+                    continue
+        finally:
+            handle.remove()
+
+    def second_moment(self, path: str) -> Tensor:
+        """C = Σ x xᵀ (features × features, float64) of the inputs of the submodule at `path`.
+
+        Batches are multiplied in float32 (float64 for a float64 model) and summed in float64.
+        """
+        total: list[Tensor] = []
+
+        def add(value: Tensor) -> None:
+            part = second_moment(value)
+            if total:
+                total[0] += part
+            else:
+                total.append(part)
+
+        self.observe(path, add)
+        return total[0]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the inputs by what the block, as it now is, makes of them."""
+        for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
+            self.inputs[position] = self.module(hidden, **arguments)
+
+
+def second_moment(value: Tensor) -> Tensor:
+    """Σ x xᵀ of rows (tokens × features) as float64, multiplied in at least float32."""
+    wide = value if value.dtype == torch.float64 else value.float()
+    return (wide.T @ wide).double()
+
+
+@torch.no_grad()
+def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE) -> Iterator[BlockOnStream]:
+    """Yield the blocks in order, each with its inputs; after the body runs, its outputs go on.
+
+    `tokens` is sequences × length, without padding. The list of inputs is shared by all blocks.
+    """
+    layout = layout_of(model.config)
+    blocks: Sequence[nn.Module] = list(model.get_submodule(layout.blocks).children())
+    inputs: list[Tensor] = []
+    arguments: list[list[dict[str, Any]]] = []
+    for batch in tokens.split(batch_size):
+        hidden, by_block = _enter(model, blocks, batch.to(model.device))
+        inputs.append(hidden)
+        arguments.append(by_block)
+    for index, module in enumerate(blocks):
+        block = BlockOnStream(
+            index, f"{layout.blocks}.{index}", module, inputs, [by_block[index] for by_block in arguments]
+        )
+        yield block
+        block.module = model.get_submodule(block.path)  # the body may have put another one there
+        block.advance()
+
+
+def _enter(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The hidden states entering the first block, and the keyword arguments each block is called with."""
+    entered: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+    forwards = [block.forward for block in blocks]
+
+    def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        entered.append(hidden_states)
+        arguments.append(kwargs)
+        return hidden_states
+
+    try:
+        for block in blocks:
+            block.forward = pass_on
+        model.base_model(ids, use_cache=False)
+    finally:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+            if "forward" in vars(block):
+                del block.forward
+    return entered[0], arguments

@@ -1,0 +1,86 @@
+"""Streaming gives every block what the model itself gives it."""
+
+import pytest
+import torch
+
+from suite.conformance import tiny
+from suite.models.anatomy import anatomy_of, layout_of
+from suite.streaming import second_moment, stream
+
+EVERY = [*tiny.FAMILIES, "mistral", "qwen3", "opt-350m-like"]
+TOKENS = tiny.token_ids(5, 12, seed=4)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_blocks_see_what_the_model_gives_them(family: str) -> None:
+    model = tiny.build(family)
+    expected: list[torch.Tensor] = []
+    blocks = model.get_submodule(layout_of(model.config).blocks)
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+        for block in blocks.children()
+    ]
+    tiny.logits_of(model, TOKENS)
+    for hook in hooks:
+        hook.remove()
+    for block, hidden in zip(stream(model, TOKENS, batch_size=2), expected, strict=True):
+        torch.testing.assert_close(torch.cat(block.inputs), hidden)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_second_moments_are_those_of_a_linears_input(family: str) -> None:
+    model = tiny.build(family, dtype=torch.float64)
+    layout = layout_of(model.config)
+    for block in stream(model, TOKENS, batch_size=2):
+        for group in layout.groups:
+            seen: list[torch.Tensor] = []
+            hook = block.module.get_submodule(group[0]).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2))
+            )
+            for hidden, arguments in zip(block.inputs, block.arguments, strict=True):
+                block.module(hidden, **arguments)
+            hook.remove()
+            x = torch.cat(seen)
+            for path in group:
+                torch.testing.assert_close(block.second_moment(path), x.T @ x)
+
+
+def test_a_changed_block_changes_what_comes_after_it() -> None:
+    """Guards against activations of the dense model being kept."""
+    moments: list[dict[int, torch.Tensor]] = []
+    for change in (False, True):
+        model = tiny.build("llama")
+        found = {}
+        for block in stream(model, TOKENS):
+            found[block.index] = block.second_moment("self_attn.q_proj")
+            if change and block.index == 1:
+                with torch.no_grad():
+                    block.module.get_submodule("mlp.down_proj").weight.zero_()
+        moments.append(found)
+    for index in range(anatomy_of(model).n_blocks):
+        assert torch.equal(moments[0][index], moments[1][index]) == (index <= 1)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.build("llama")
+    before = tiny.logits_of(model)
+    for _ in stream(model, TOKENS):
+        pass
+    assert torch.equal(before, tiny.logits_of(model))
+
+
+def test_groups_share_inputs_and_come_in_order() -> None:
+    assert layout_of(tiny.config_of("llama")).groups == (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    assert layout_of(tiny.config_of("opt")).groups[2:] == (("fc1",), ("fc2",))
+    assert len(layout_of(tiny.config_of("gpt-neox")).groups) == 4
+
+
+def test_a_second_moment_is_summed_in_float64() -> None:
+    x = torch.randn(50, 7)
+    assert second_moment(x).dtype == torch.float64
+    torch.testing.assert_close(second_moment(x), (x.T @ x).double())
