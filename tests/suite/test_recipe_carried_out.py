@@ -1,0 +1,79 @@
+"""A recipe is carried out stage by stage; what the data decided is what the next stage meets."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from methods.low_rank import TruncatedSvd
+from suite.conformance import tiny
+from suite.errors import CellFailed
+from suite.measure.ledger import ledger, total_disk, total_params
+from suite.method import Plan, register
+from suite.models.anatomy import Anatomy, anatomy_of
+from suite.recipe import Recipe
+from suite.specs import Budget
+
+
+@register
+class Moving(TruncatedSvd):
+    """Takes ranks from the first block and gives them to the others, as data might tell it to."""
+
+    name = "moving-ranks"
+    adaptive = True
+    extra: ClassVar[int] = 0
+
+    def compress(self, model: Any, plan: Plan, calibration: Any) -> Plan:
+        anatomy = anatomy_of(model)
+        modules = dict(plan.modules)
+        for line in anatomy.linears:
+            spec = modules[line.path]
+            change = -2 if line.block == 0 else self.extra
+            arguments = {**spec.arguments, "rank": spec.arguments["rank"] + change}
+            modules[line.path] = spec.model_copy(update={"arguments": arguments})
+        moved = plan.model_copy(update={"modules": modules, "notes": {"why": "the data"}})
+        super().compress(model, moved, calibration)
+        return moved
+
+
+class Greedy(Moving):
+    name = "greedy-ranks"
+    extra = 3
+
+
+register(Greedy)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_later_stage_is_planned_for_the_shapes_it_meets(family: str) -> None:
+    model = tiny.build(family)
+    target = 0.245 * anatomy_of(model).bytes
+    plan = tiny.compress(model, "moving-ranks+rtn-int8", "bytes=0.245")
+    entries = ledger(model)
+    assert total_disk(entries) == plan.final.bytes
+    assert total_params(entries) == plan.final.params
+    assert total_disk(entries) <= target
+
+
+def test_notes_of_a_stage_are_kept_by_its_name() -> None:
+    recipe = Recipe.parse("svd+moving-ranks(share=0.5)")
+    assert recipe.plan(tiny.anatomy("llama"), Budget.parse("none")).notes(recipe) == {}
+    model = tiny.build("llama")
+    plan = tiny.compress(model, "moving-ranks", "params=0.8")
+    assert plan.notes(Recipe.parse("moving-ranks")) == {"moving-ranks": {"why": "the data"}}
+
+
+def test_a_stage_may_not_make_more_than_was_planned() -> None:
+    with pytest.raises(CellFailed, match=r"greedy-ranks made [\d,]+ params of a plan for [\d,]+"):
+        tiny.compress(tiny.build("llama"), "greedy-ranks", "params=0.8")
+
+
+def test_an_adaptive_first_stage_leaves_the_last_one_room() -> None:
+    dense: Anatomy = tiny.anatomy("llama")
+    sizes = [
+        Recipe.parse(f"{first}+rtn-int8").plan(dense, Budget.parse("bytes=0.245")).final.bytes
+        for first in ("svd", "moving-ranks")
+    ]
+    assert sizes[1] <= 0.995 * 0.245 * dense.bytes <= sizes[0]
+    assert sizes[1] >= 0.98 * 0.245 * dense.bytes
