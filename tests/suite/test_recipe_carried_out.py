@@ -30,7 +30,7 @@ class Moving(TruncatedSvd):
         for line in anatomy.linears:
             spec = modules[line.path]
             change = -2 if line.block == 0 else self.extra
-            arguments = {**spec.arguments, "rank": spec.arguments["rank"] + change}
+            arguments = {**spec.arguments, "rank": max(1, spec.arguments["rank"] + change)}
             modules[line.path] = spec.model_copy(update={"arguments": arguments})
         moved = plan.model_copy(update={"modules": modules, "notes": {"why": "the data"}})
         super().compress(model, moved, calibration)
