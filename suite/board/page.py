@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader
 
+from suite.board.agreement import agreements
 from suite.board.standings import Standings
-from suite.board.tables import Table, cells, headers, tables
+from suite.board.tables import Table, cells, headers, rows, tables
 from suite.records import Record
 
 
@@ -20,6 +21,7 @@ def page(records: Sequence[Record], standings: Standings | None = None) -> str:
     return template.render(
         tables=[_view(table) for table in tables(records, standings)],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        agreements=[str(agreement) for agreement in agreements(rows(records))],
         versions=versions,
         cells=len(records),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from suite.board.agreement import agreements
 from suite.board.standings import Standing, Standings, conditions
 from suite.records import Measurements, Record
 
@@ -73,13 +74,16 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
 def markdown(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables as GitHub Markdown."""
     made = tables(records, standings)
-    return "\n\n".join(_table_text(table, "github", f"## {table.title}") for table in made) + "\n"
+    parts = [_table_text(table, "github", f"## {table.title}") for table in made]
+    agreed = [f"- {agreement}" for agreement in agreements(rows(records))]
+    return "\n\n".join(parts + (["## Do the protocols agree?", "\n".join(agreed)] if agreed else [])) + "\n"
 
 
 def terminal(records: Sequence[Record], standings: Standings | None = None) -> str:
     """All tables for a terminal."""
     made = tables(records, standings)
-    return "\n\n".join(_table_text(table, "simple", table.title) for table in made) + "\n"
+    parts = [_table_text(table, "simple", table.title) for table in made]
+    return "\n\n".join(parts + [str(agreement) for agreement in agreements(rows(records))]) + "\n"
 
 
 def latex(records: Sequence[Record], standings: Standings | None = None) -> str:
@@ -247,6 +251,7 @@ _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("accuracy", lambda r: _accuracy(r)),
     ("Δ dense", lambda r: _difference(r)),
     ("compress s", lambda r: _number(r["compress_seconds"], 1)),
+    ("compress MB", lambda r: _number(r["compress_peak_bytes"], 1e6)),
 ]
 
 
@@ -289,7 +294,8 @@ def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     notes += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
     notes.append(
         "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
-        " parameters kept; peak: highest memory during inference above the empty process"
+        " parameters kept; peak: highest memory during inference above the empty process; compress MB:"
+        " highest memory of the whole process that compresses"
     )
     notes.append(
         "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
