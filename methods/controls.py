@@ -21,6 +21,7 @@ class Dense(Method[MethodConfig]):
     family = "control"
     source = "the uncompressed model"
     acts_on = frozenset()
+    acts_on_parts = None
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
         return Plan()
@@ -42,6 +43,7 @@ class RandomLayers(Method[RandomLayersConfig]):
     name = "random-layers"
     family = "control"
     source = "random baseline, e.g. Men et al., ShortGPT (arXiv 2403.03853)"
+    acts_on_parts = "blocks"
     Config = RandomLayersConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:

@@ -34,6 +34,7 @@ class LayerChop(Method[LayerChopConfig]):
     name = "layerchop"
     family = "layer pruning"
     source = "Jha et al., Just CHOP: Embarrassingly Simple LLM Compression (arXiv 2305.14864, section 3)"
+    acts_on_parts = "blocks"
     Config = LayerChopConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, FilePath, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,12 +13,23 @@ from suite.layers import LowRankLinear, ModuleSpec, replace
 from suite.linalg import truncated_svd
 from suite.method import Method, MethodConfig, Plan, Target, largest_share, register
 from suite.models.anatomy import Anatomy, LinearShape
+from suite.shares import shares_for
 
 
 class SvdConfig(MethodConfig):
-    """`share`: kept share of every linear's parameters; solved for the budget when not given."""
+    """`share`: kept share of every linear's parameters; solved for the budget when not given.
+
+    `shares`: an allocation file instead, with a share for each linear (`weighin profile --allocate`).
+    """
 
     share: float | None = Field(default=None, ge=0, le=1)
+    shares: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.share is not None and self.shares is not None:
+            raise ValueError("give share or shares, not both")
+        return self
 
 
 @register
@@ -35,6 +48,13 @@ class TruncatedSvd(Method[SvdConfig]):
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
         linears = anatomy.dense_linears(self.name)
+        if self.config.shares is not None:
+            shares = shares_for(self.config.shares, anatomy)
+            plan = _plan(
+                "by file", {line.path: rank_at(line, shares[line.path]) for line in linears}, linears
+            )
+            roomy = target is not None and target.fits(plan.apply(anatomy))
+            return top_up(plan, "by file", anatomy, target) if target and roomy else plan
         if self.config.share is not None or target is None:
             share = 1.0 if self.config.share is None else self.config.share
             return _plan(share, {line.path: rank_at(line, share) for line in linears}, linears)
@@ -59,7 +79,7 @@ def rank_at(linear: LinearShape, share: float) -> int | None:
     return None if share >= 1 else max(1, int(share * m * n / (m + n)))
 
 
-def _plan(share: float, ranks: dict[str, int | None], linears: tuple[LinearShape, ...]) -> Plan:
+def _plan(share: float | str, ranks: dict[str, int | None], linears: tuple[LinearShape, ...]) -> Plan:
     modules = {
         line.path: ModuleSpec(
             type="low_rank",
@@ -74,16 +94,20 @@ def _plan(share: float, ranks: dict[str, int | None], linears: tuple[LinearShape
         if (rank := ranks[line.path]) is not None
     }
     kept = sorted({rank for rank in ranks.values() if rank is not None})
-    knobs = {"share": round(share, 6), "ranks": f"{kept[0]}..{kept[-1]}" if kept else "full"}
+    knobs = {
+        "share": share if isinstance(share, str) else round(share, 6),
+        "ranks": f"{kept[0]}..{kept[-1]}" if kept else "full",
+    }
     return Plan(knobs=knobs, modules=modules)
 
 
-def top_up(plan: Plan, share: float, anatomy: Anatomy, target: Target) -> Plan:
+def top_up(plan: Plan, share: float | str, anatomy: Anatomy, target: Target) -> Plan:
     """Spend what rounding the ranks down left over: one more rank where it still fits."""
     unused = target.value - plan.apply(anatomy).size(target.metric)
     bytes_each = anatomy.dtype.itemsize if target.metric == "bytes" else 1
     linears = anatomy.linears
-    ranks: dict[str, int | None] = {path: spec.arguments["rank"] for path, spec in plan.modules.items()}
+    ranks: dict[str, int | None] = dict.fromkeys(line.path for line in linears)
+    ranks |= {path: spec.arguments["rank"] for path, spec in plan.modules.items()}
     for line in sorted(linears, key=lambda line: line.in_features + line.out_features):
         step = (line.in_features + line.out_features) * bytes_each
         rank = ranks[line.path]

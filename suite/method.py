@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,9 +22,17 @@ Metric = Literal["params", "bytes"]
 
 
 class MethodConfig(BaseModel):
-    """A method's own knobs. A knob left at None is solved for the budget."""
+    """A method's own knobs. A knob left at None is solved for the budget.
+
+    A knob of type `pydantic.FilePath` names a file whose content is part of what a run is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files named by knobs."""
+        return {knob: value for knob, value in self if isinstance(value, Path)}
 
 
 class Plan(Frozen):
@@ -75,6 +84,9 @@ class Method(ABC, Generic[ConfigT]):
     """Any of "calibration", "cuda"."""
     adaptive: ClassVar[bool] = False
     """Whether `compress` lets the data decide how the planned size is spread over the modules."""
+    acts_on_parts: ClassVar[Literal["linears", "blocks"] | None] = "linears"
+    """How a profile compresses a part alone. "linears": `plan` touches no module but the anatomy's
+    linears; "blocks": `compress` drops whichever blocks a plan names; None: the whole model or nothing."""
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: ConfigT):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -49,8 +51,12 @@ class Recipe:
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """`name@version` of every stage."""
-        return tuple(f"{stage.name}@{stage.version}" for stage in self.stages)
+        """`name@version` of every stage, and the digest of every file a knob names."""
+        named: list[str] = []
+        for stage in self.stages:
+            named.append(f"{stage.name}@{stage.version}")
+            named += [f"{stage.name}.{knob}={_digest(file)}" for knob, file in stage.config.files.items()]
+        return tuple(named)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -213,6 +219,13 @@ def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBud
         f" {anatomy.embedding_params / anatomy.params:.1%} of the parameters{why};"
         f" the smallest it can reach is {budget.metric}={reachable}"
     )
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from None
 
 
 def _split(text: str) -> list[str]:

@@ -216,10 +216,10 @@ class RecordStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if len(table):
-                _atomic(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
+                atomically(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
             if len(ledger):
-                _atomic(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
-            _atomic(path, lambda to: to.write_text(text + "\n"))
+                atomically(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
+            atomically(path, lambda to: to.write_text(text + "\n"))
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error}. Earlier records are untouched.") from None
         return path
@@ -249,7 +249,7 @@ def read_items(record_path: Path) -> pd.DataFrame | None:
     return table.reindex(columns=items.COLUMNS)
 
 
-def _atomic(path: Path, write: Any) -> None:
+def atomically(path: Path, write: Any) -> None:
     """Write to a temporary file, flush it to disk, and rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

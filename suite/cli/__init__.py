@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from suite.cli import compare, gate, run, show, validate  # noqa: F401 (importing adds their commands)
+from suite.cli import compare, gate, profile, run, show, validate  # noqa: F401 (importing adds commands)
 from suite.cli.common import app, console
 
 

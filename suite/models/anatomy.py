@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,6 +188,10 @@ class Anatomy:
                 f" Put the quantizer last: {method}+..."
             )
         return self.linears
+
+    def restricted(self, paths: Collection[str]) -> Anatomy:
+        """A view for planning one part: only these linears to act on, the sizes of the whole model."""
+        return replace(self, linears=tuple(line for line in self.linears if line.path in paths))
 
     def after(self, drop: Sequence[int] = (), modules: Mapping[str, ModuleSpec] | None = None) -> Anatomy:
         """The anatomy once blocks `drop` are gone and then `modules` stand at their paths."""
