@@ -64,6 +64,66 @@ def test_the_spread_pattern_leaves_runs_of_nearly_equal_length(blocks: int, data
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
+@given(st.integers(3, 80), st.data())
+def test_the_spread_pattern_follows_the_general_formula(blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, blocks - 2))
+    step = (blocks - 2) / count
+    # Rounding 1 + j·(L−2)/k + offset, the offset centring the pattern between the two ends.
+    exact = [1 + j * step + (step - 1) / 2 for j in range(count)]
+    chosen = chop("max-gap", blocks, count)
+    assert all(abs(index - value) <= 0.5 + 1e-9 for index, value in zip(chosen, exact, strict=True))
+
+
+@given(st.integers(3, 60), st.data())
+def test_stretches_of_equal_length_lose_equally_many_blocks_but_one(blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, blocks - 2))
+    length = data.draw(st.integers(1, blocks - 2))
+    gone = set(chop("max-gap", blocks, count))
+    lost = [len(gone & set(range(start, start + length))) for start in range(1, blocks - length)]
+    assert max(lost) - min(lost) <= 1
+
+
+@given(st.integers(2, 80), st.data())
+def test_the_other_patterns_follow_the_general_formulas(blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, blocks - 2))
+    inner = blocks - 2
+    assert chop("input", blocks, count) == tuple(range(1, count + 1))
+    assert chop("output", blocks, count) == tuple(range(blocks - 1 - count, blocks - 1))
+    middle = chop("middle", blocks, count)
+    if middle:
+        before, after = middle[0] - 1, blocks - 2 - middle[-1]
+        assert middle == tuple(range(middle[0], middle[0] + count))
+        assert after - before in (0, 1)
+    both = chop("both", blocks, count)
+    at_start = [index for index in both if index <= inner / 2]
+    assert both == tuple([*range(1, (count + 1) // 2 + 1), *range(blocks - 1 - count // 2, blocks - 1)])
+    assert abs(len(at_start) - (count - len(at_start))) <= 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_blocks_are_renumbered_and_generation_with_a_cache_agrees(family: str, pattern: Pattern) -> None:
+    model = tiny.build(family)
+    tiny.compress(model, f"layerchop(pattern={pattern}, remove=1)")
+    blocks = model.get_submodule(layout_of(model.config).blocks)
+    assert len(blocks) == model.config.num_hidden_layers == tiny.BLOCKS - 1
+    for position, block in enumerate(blocks.children()):
+        numbers = {module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")}
+        assert numbers == {position}
+    assert torch.equal(tiny.greedy(model, use_cache=True), tiny.greedy(model, use_cache=False))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_fewest_blocks_go_that_meet_the_budget(family: str, pattern: Pattern) -> None:
+    anatomy = tiny.anatomy(family)
+    for share in (0.95, 0.8, 0.6):
+        target = Budget(metric="params", value=share)
+        plan = Recipe.parse(f"layerchop(pattern={pattern})").plan(anatomy, target)
+        removed = len(plan.stages[0].drop)
+        assert plan.final.params <= share * anatomy.params
+        one_fewer = anatomy.after(chop(pattern, anatomy.n_blocks, removed - 1))
+        assert one_fewer.params > share * anatomy.params
+
+
 def test_removing_nothing_leaves_the_logits_alone(model: PreTrainedModel) -> None:
     before = tiny.logits_of(model)
     tiny.compress(model, "layerchop(remove=0)")

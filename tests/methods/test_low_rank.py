@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from suite.conformance import tiny
+from suite.errors import ImpossibleBudget, InputError
 from suite.layers import LowRankLinear
-from suite.models.anatomy import anatomy_of
+from suite.models.anatomy import LinearShape, anatomy_of
+from suite.recipe import Recipe
+from suite.shares import Allocation, LinearShare
+from suite.specs import Budget
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -118,3 +125,70 @@ def test_factors_can_be_factorised_again(llama: PreTrainedModel) -> None:
     plan = tiny.compress(llama, "svd(share=0.9)+svd(share=0.5)")
     assert anatomy_of(llama).params == plan.final.params
     assert tiny.logits_of(llama).isfinite().all()
+
+
+def allocation(folder: Path, family: str, share: Callable[[LinearShape], float]) -> Path:
+    """An allocation file that gives every linear of a tiny model a share."""
+    linears = {
+        line.path: LinearShare(
+            out_features=line.out_features, in_features=line.in_features, share=share(line)
+        )
+        for line in tiny.anatomy(family).linears
+    }
+    made = Allocation(
+        model=family,
+        model_digest="0",
+        method="svd",
+        profile="0",
+        budget="none",
+        predicted_increase=0,
+        linears=linears,
+    )
+    file = folder / "allocation.json"
+    file.write_text(made.model_dump_json())
+    return file
+
+
+def test_an_allocation_of_equal_shares_is_the_equal_share(
+    model: PreTrainedModel, family: str, tmp_path: Path
+) -> None:
+    file = allocation(tmp_path, family, lambda line: 0.5)
+    anatomy = anatomy_of(model)
+    plans = [
+        Recipe.parse(recipe).plan(anatomy, Budget.parse("none")).stages[0].modules
+        for recipe in (f"svd(shares={file})", "svd(share=0.5)")
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_an_allocation_gives_every_linear_its_own_rank(family: str, tmp_path: Path) -> None:
+    file = allocation(tmp_path, family, lambda line: 1.0 if line.block == 0 else 0.2 + 0.2 * line.block)
+    model = tiny.build(family)
+    tiny.compress(model, f"svd(shares={file})")
+    for line in tiny.anatomy(family).linears:
+        module = model.get_submodule(line.path)
+        assert isinstance(module, LowRankLinear) == (line.block > 0)
+        if isinstance(module, LowRankLinear):
+            m, n = line.out_features, line.in_features
+            assert module.first.out_features == int((0.2 + 0.2 * line.block) * m * n / (m + n))
+
+
+def test_what_rounding_leaves_of_a_budget_buys_ranks(tmp_path: Path) -> None:
+    file = allocation(tmp_path, "llama", lambda line: 1.0 if line.block == 0 else 0.6)
+    model = tiny.build("llama")
+    exact = Recipe.parse(f"svd(shares={file})").plan(anatomy_of(model), Budget.parse("none")).final.params
+    room = Budget(metric="params", value=float(exact + 400))
+    topped = Recipe.parse(f"svd(shares={file})").plan(anatomy_of(model), room).final.params
+    assert exact < topped <= exact + 400
+
+
+def test_shares_that_are_too_much_for_the_budget_are_refused(tmp_path: Path) -> None:
+    file = allocation(tmp_path, "llama", lambda line: 0.9)
+    with pytest.raises(ImpossibleBudget, match="the knobs given decide the size"):
+        tiny.compress(tiny.build("llama"), f"svd(shares={file})", "params=0.6")
+
+
+def test_share_and_shares_together_are_refused(tmp_path: Path) -> None:
+    file = allocation(tmp_path, "llama", lambda line: 0.9)
+    with pytest.raises(InputError, match="give share or shares, not both"):
+        Recipe.parse(f"svd(share=0.5, shares={file})")

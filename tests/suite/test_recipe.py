@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -287,3 +288,21 @@ def test_planning_is_the_same_every_time(family: str) -> None:
         return plan.stages, plan.final
 
     assert planned() == planned()
+
+
+def test_the_content_of_a_file_that_a_knob_names_is_part_of_the_versions(tmp_path: Path) -> None:
+    file = tmp_path / "shares.json"
+    file.write_text("one")
+    recipe = Recipe.parse(f"svd(shares={file})+rtn-int8")
+    before = recipe.versions
+    assert (before[0], before[2]) == ("svd@1", "rtn-int8@1")
+    assert before[1].startswith("svd.shares=")
+    file.write_text("another")
+    assert recipe.versions != before
+    file.write_text("one")
+    assert recipe.versions == before
+
+
+def test_a_file_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="'shares': Path does not point to a file"):
+        Recipe.parse("svd(shares=nowhere.json)")

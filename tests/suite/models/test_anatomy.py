@@ -236,3 +236,14 @@ def test_the_size_without_some_blocks_is_predicted(drop: set[int]) -> None:
     predicted = anatomy_of(model).after(sorted(drop))
     drop_blocks(model, sorted(drop))
     assert by_path(predicted) == by_path(anatomy_of(model))
+
+
+def test_a_restricted_view_offers_fewer_linears_and_the_same_sizes(family: str) -> None:
+    anatomy = tiny.anatomy(family)
+    chosen = anatomy.linears[2]
+    view = anatomy.restricted({chosen.path})
+    assert view.linears == (chosen,)
+    assert (view.params, view.bytes, view.n_blocks) == (anatomy.params, anatomy.bytes, anatomy.n_blocks)
+    plan = Recipe.parse("svd(share=0.5)").plan(view, Budget.parse("none")).stages[0]
+    assert list(plan.modules) == [chosen.path]
+    assert plan.apply(view).params == plan.apply(anatomy).params < anatomy.params
