@@ -34,6 +34,8 @@ class BlockOnStream:
     """Hidden states entering the block, by batch (sequences × length × hidden size)."""
     arguments: list[dict[str, Any]]
     """The other arguments of the block's forward, by batch."""
+    advanced: bool = False
+    """Whether the inputs are the next block's already."""
 
     @torch.no_grad()
     def observe(self, path: str, see: Callable[[Tensor], None]) -> None:
@@ -79,6 +81,7 @@ class BlockOnStream:
         """Replace the inputs by what the block, as it now is, makes of them."""
         for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
             self.inputs[position] = self.module(hidden, **arguments)
+        self.advanced = True
 
 
 def second_moment(value: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ def second_moment(value: Tensor) -> Tensor:
 def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE) -> Iterator[BlockOnStream]:
     """Yield the blocks in order, each with its inputs; after the body runs, its outputs go on.
 
+    A body that computes the outputs itself puts them into `inputs` and sets `advanced`.
     `tokens` is sequences × length, without padding. The list of inputs is shared by all blocks.
     """
     layout = layout_of(model.config)
@@ -106,8 +110,9 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
             index, f"{layout.blocks}.{index}", module, inputs, [by_block[index] for by_block in arguments]
         )
         yield block
-        block.module = model.get_submodule(block.path)  # the body may have put another one there
-        block.advance()
+        if not block.advanced:
+            block.module = model.get_submodule(block.path)  # the body may have put another one there
+            block.advance()
 
 
 def _enter(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from suite.errors import InputError, nearest
@@ -30,9 +30,27 @@ class Layout:
     final_norm: str
     head: str
     attention: str
-    norms: tuple[str, ...]
+    mlp: tuple[str, ...]
+    """Paths inside a block of what the normed stream runs through after attention, in order."""
+    norms: tuple[str, str]
+    """Paths inside a block of the norms before attention and before the MLP."""
     roles: Mapping[str, str]
     """Path inside a block -> role of that linear, in the order they run."""
+    positions: str | None = None
+    """The table of learned positions, where there is one."""
+
+    def attend(self, block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """What attention would add to the residual stream `hidden` (… × width of the stream)."""
+        normed = block.get_submodule(self.norms[0])(hidden)
+        result: tuple[Tensor, ...] = block.get_submodule(self.attention)(normed, **arguments)
+        return result[0]
+
+    def feed_forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What the MLP would add to the residual stream `hidden` (… × width of the stream)."""
+        hidden = block.get_submodule(self.norms[1])(hidden)
+        for path in self.mlp:
+            hidden = block.get_submodule(path)(hidden)
+        return hidden
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -51,6 +69,7 @@ LLAMA_LIKE = Layout(
     final_norm="model.norm",
     head="lm_head",
     attention="self_attn",
+    mlp=("mlp",),
     norms=("input_layernorm", "post_attention_layernorm"),
     roles={
         "self_attn.q_proj": "query",
@@ -68,7 +87,9 @@ OPT = Layout(
     final_norm="model.decoder.final_layer_norm",
     head="lm_head",
     attention="self_attn",
+    mlp=("fc1", "activation_fn", "fc2"),
     norms=("self_attn_layer_norm", "final_layer_norm"),
+    positions="model.decoder.embed_positions",
     roles={
         "self_attn.q_proj": "query",
         "self_attn.k_proj": "key",
@@ -84,6 +105,7 @@ GPT_NEOX = Layout(
     final_norm="gpt_neox.final_layer_norm",
     head="lm_head",
     attention="attention",
+    mlp=("mlp",),
     norms=("input_layernorm", "post_attention_layernorm"),
     roles={
         "attention.query_key_value": "query_key_value",
@@ -134,6 +156,15 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """What the norms of a model do: subtract the mean or not, add a bias or not, and their epsilon."""
+
+    centred: bool
+    bias: bool
+    eps: float
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Shapes of a model, and its ledger."""
 
@@ -144,11 +175,19 @@ class Anatomy:
     hidden_size: int
     embedding_size: int
     """Width of the embedding table; OPT-350M projects it to the hidden size."""
+    head_size: int
+    """Width of what the head reads."""
+    head_bias: bool
     vocab_size: int
     heads: int
     key_value_heads: int
     head_dim: int
     tied: bool
+    norms: Norms
+    pre_norm: bool
+    """Whether norms stand before attention and MLP, and not after them as in OPT-350M."""
+    parallel: bool
+    """Whether attention and MLP of a block read the same stream, as in most GPT-NeoX models."""
     linears: tuple[LinearShape, ...]
     entries: tuple[Entry, ...]
 
@@ -217,8 +256,9 @@ class Anatomy:
         return replace(self, n_blocks=len(kept), linears=linears, entries=entries)
 
     def _with(self, modules: Mapping[str, ModuleSpec]) -> Anatomy:
-        entries = [entry for entry in self.entries if not _inside(entry.path, modules)]
-        linears = [linear for linear in self.linears if not _inside(linear.path, modules)]
+        gone = {path for path, spec in modules.items() if not spec.wraps}
+        entries = [entry for entry in self.entries if not _inside(entry.path, gone)]
+        linears = [linear for linear in self.linears if not _inside(linear.path, gone)]
         before = {linear.path: linear for linear in self.linears}
         for path, spec in modules.items():
             own_entries, own_linears = _skeleton(spec, self.dtype)
@@ -229,10 +269,15 @@ class Anatomy:
                     replace(line, path=_join(path, line.path), role=parent.role, block=parent.block)
                     for line in own_linears
                 ]
-        return replace(self, entries=tuple(entries), linears=tuple(linears))
+        result = replace(self, entries=tuple(entries), linears=tuple(linears))
+        if (table := modules.get(self.layout.embedding)) is not None:
+            result = replace(result, embedding_size=table.arguments["embedding_dim"])
+        if (head := modules.get(self.layout.head)) is not None and (own := _skeleton(head, self.dtype)[1]):
+            result = replace(result, tied=False, head_size=own[0].in_features, head_bias=own[0].bias)
+        return result
 
 
-def _inside(path: str, modules: Mapping[str, ModuleSpec]) -> bool:
+def _inside(path: str, modules: Container[str]) -> bool:
     """Whether a path is, or lies in, one of the replaced modules."""
     while path:
         if path in modules:
@@ -289,18 +334,31 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 for line in _linears_of(module)
             ]
     heads = config.num_attention_heads
+    head = _linears_of(model.get_submodule(layout.head))
+    table: Any = model.get_submodule(layout.embedding)
+    embedding_size = table.embedding_dim if isinstance(table, nn.Embedding) else table.columns
+    norm: Any = model.get_submodule(f"{layout.blocks}.0.{layout.norms[0]}")
     return Anatomy(
         model_type=config.model_type,
         layout=layout,
         dtype=model.dtype,
         n_blocks=len(list(blocks.children())),
         hidden_size=config.hidden_size,
-        embedding_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        embedding_size=embedding_size,
+        head_size=head[0].in_features if head else embedding_size,
+        head_bias=bool(head) and head[0].bias,
         vocab_size=config.vocab_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         tied=bool(config.tie_word_embeddings),
+        norms=Norms(
+            centred=isinstance(norm, nn.LayerNorm),
+            bias=getattr(norm, "bias", None) is not None,
+            eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
+        ),
+        pre_norm=getattr(config, "do_layer_norm_before", True),
+        parallel=getattr(config, "use_parallel_residual", False),
         linears=tuple(linears),
         entries=ledger(model),
     )
