@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,15 +14,12 @@ from suite.calibration import Calibration
 from suite.errors import InputError
 from suite.layers import ModuleSpec, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_share, register
-from suite.models.anatomy import Anatomy, LinearShape, anatomy_of
+from suite.models.anatomy import Anatomy, anatomy_of
+from suite.models.folding import reading, scale_and_shift, times, writing
+from suite.models.sliced import READS_ATTENTION, READS_MLP, SlicedLayout, sliced_modules
 from suite.streaming import BlockOnStream, second_moment, stream
 
-READS_ATTENTION = frozenset({"query", "key", "value", "query_key_value"})
-READS_MLP = frozenset({"gate", "up"})
 DAMPING = 0.01
-_ROWS = 8192
-
-Layout = Literal["tie-preserving", "official"]
 
 
 class SliceGptConfig(MethodConfig):
@@ -42,7 +38,7 @@ class SliceGptConfig(MethodConfig):
     same); a budget scales these shares together.
     """
 
-    layout: Layout | None = None
+    layout: SlicedLayout | None = None
     head: Literal["kept", "sliced"] | None = None
     width: int | None = Field(default=None, ge=1)
     rounding: int = Field(default=1, ge=1)
@@ -137,7 +133,7 @@ class SliceGpt(Method[SliceGptConfig]):
             return Plan(knobs=knobs)
         return Plan(knobs=knobs, modules=sliced_modules(anatomy, widths, layout))
 
-    def _layout(self, anatomy: Anatomy) -> Layout:
+    def _layout(self, anatomy: Anatomy) -> SlicedLayout:
         return self.config.layout or ("tie-preserving" if anatomy.tied else "official")
 
     def _head(self) -> str:
@@ -176,79 +172,6 @@ def _refuse_unsuitable(anatomy: Anatomy, name: str) -> None:
 def _points(anatomy: Anatomy) -> int:
     """How often a stream may change its width: before every branch, and at the end."""
     return anatomy.n_blocks * (1 if anatomy.parallel else 2) + 1
-
-
-def sliced_modules(
-    anatomy: Anatomy, widths: list[int], layout: Layout, keep_whole: bool = True
-) -> dict[str, ModuleSpec]:
-    """The modules of a model sliced to `widths`, one for every point where the stream is read.
-
-    Between two points of full width nothing is rotated, unless `keep_whole` is False.
-    """
-    parts, size, eps = anatomy.layout, anatomy.hidden_size, anatomy.norms.eps
-    norm = ModuleSpec(type="unscaled_norm", arguments={"size": size, "eps": eps})
-    official = layout == "official"
-    modules: dict[str, ModuleSpec] = {}
-
-    def rotates(before: int, after: int) -> bool:
-        return not keep_whole or min(before, after) < size
-
-    for index, (entering, between, leaving) in enumerate(_by_block(widths, anatomy.parallel)):
-        path = f"{parts.blocks}.{index}"
-        middle = entering if between is None else between
-        arguments = {
-            "family": anatomy.model_type,
-            "entering": entering,
-            "between": between,
-            "leaving": leaving,
-            "entrance": size if index == 0 and not official else None,
-            "attention_skip": between is not None and rotates(entering, between),
-            "mlp_skip": rotates(middle, leaving),
-        }
-        modules[path] = ModuleSpec(type="sliced_block", arguments=arguments)
-        modules |= {f"{path}.{inner}": norm for inner in parts.norms}
-        of_role = dict.fromkeys(READS_ATTENTION, entering) | dict.fromkeys(READS_MLP, middle)
-        writes = {"output": leaving if between is None else between, "down": leaving}
-        for line in anatomy.linears:
-            if line.block == index:
-                modules[line.path] = _linear(line, of_role, writes, anatomy.norms.bias)
-    last, table = widths[-1], {"num_embeddings": anatomy.vocab_size, "embedding_dim": widths[0]}
-    if not official:
-        arguments = {"width": last, "size": size, "eps": eps, "bias": anatomy.norms.bias}
-        return modules | {parts.final_norm: ModuleSpec(type="expanding_norm", arguments=arguments)}
-    modules |= {parts.embedding: ModuleSpec(type="embedding", arguments=table), parts.final_norm: norm}
-    if parts.positions is not None:
-        modules[parts.positions] = _positions(anatomy, parts.positions, widths[0])
-    head = {"in_features": last, "out_features": anatomy.vocab_size}
-    bias = anatomy.head_bias or anatomy.norms.bias
-    return modules | {parts.head: ModuleSpec(type="linear", arguments={**head, "bias": bias})}
-
-
-def _by_block(widths: list[int], parallel: bool) -> Iterator[tuple[int, int | None, int]]:
-    """Widths entering, before the MLP (None where both branches read the same) and leaving a block."""
-    if parallel:
-        yield from ((entering, None, leaving) for entering, leaving in pairwise(widths))
-    else:
-        yield from zip(widths[:-1:2], widths[1::2], widths[2::2], strict=True)
-
-
-def _linear(line: LinearShape, reads: dict[str, int], writes: dict[str, int], norm_bias: bool) -> ModuleSpec:
-    return ModuleSpec(
-        type="linear",
-        arguments={
-            "in_features": reads.get(line.role, line.in_features),
-            "out_features": writes.get(line.role, line.out_features),
-            "bias": line.bias or (norm_bias and line.role in reads),
-        },
-    )
-
-
-def _positions(anatomy: Anatomy, path: str, width: int) -> ModuleSpec:
-    params = next(entry.params for entry in anatomy.entries if entry.path == path)
-    rows = params // anatomy.hidden_size
-    return ModuleSpec(
-        type="positions", arguments={"num_embeddings": rows, "embedding_dim": width, "offset": 2}
-    )
 
 
 class _Surgeon:
@@ -309,10 +232,10 @@ class _Surgeon:
             if rotate:
                 moment += second_moment(self._signal(state).reshape(-1, size))
         if rotate:
-            self.basis = principal_components(moment, width)
-            if width < size:
-                projection = (self.basis @ self.basis.T).to(self.wide)
-                states[:] = [state @ projection for state in states]
+            components = principal_components(moment)
+            self.basis = components[:, :width]
+            for state in states:
+                _project(state.view(-1, size), components.to(self.wide), width)
         return self.basis
 
     def _signal(self, state: Tensor) -> Tensor:
@@ -329,17 +252,18 @@ class _Surgeon:
     ) -> None:
         spec = self.modules[block.path].arguments
         parts = self.anatomy.layout
-        norms = [_affine(block.module.get_submodule(path), self.anatomy.hidden_size) for path in parts.norms]
+        size = self.anatomy.hidden_size
+        norms = [scale_and_shift(block.module.get_submodule(path), size) for path in parts.norms]
         for inner, role in parts.roles.items():
             path, linear = f"{block.path}.{inner}", block.module.get_submodule(inner)
             assert isinstance(linear, nn.Linear)
             if role in READS_ATTENTION | READS_MLP:
                 scale, shift = norms[role in READS_MLP]
                 basis = between if role in READS_MLP else entering
-                self._put(path, **_reading(linear, basis, scale, shift))
+                self._put(path, **reading(linear, basis, scale, shift))
             else:
                 written = self._centred_basis(leaving if role == "down" else attention_out)
-                self._put(path, **_writing(linear, written))
+                self._put(path, **writing(linear, written))
         for inner in parts.norms:
             self._put(f"{block.path}.{inner}")
         skips: dict[str, Tensor] = {}
@@ -355,7 +279,7 @@ class _Surgeon:
         """Slice or project what stands before and after the blocks."""
         parts = self.anatomy.layout
         norm = self.model.get_submodule(parts.final_norm)
-        scale, shift = _affine(norm, self.anatomy.hidden_size)
+        scale, shift = scale_and_shift(norm, self.anatomy.hidden_size)
         if self.modules[parts.final_norm].type == "expanding_norm":
             bias = {"bias": shift} if shift is not None else {}
             self._put(parts.final_norm, **{"expand.weight": self.basis, "weight": scale, **bias})
@@ -363,11 +287,11 @@ class _Surgeon:
         head = self.model.get_submodule(parts.head)
         assert isinstance(head, nn.Linear)
         tables = [path for path in (parts.embedding, parts.positions) if path is not None]
-        self._put(parts.head, **_reading(head, self.basis, scale, shift))
+        self._put(parts.head, **reading(head, self.basis, scale, shift))
         for path in tables:
             table = self.model.get_submodule(path)
             assert isinstance(table, nn.Embedding)
-            self._put(path, weight=_times(table.weight, self._centred_basis(self.entrance)))
+            self._put(path, weight=times(table.weight, self._centred_basis(self.entrance)))
         self._put(parts.final_norm)
         self.model.config.tie_word_embeddings = False
 
@@ -383,42 +307,20 @@ class _Surgeon:
         replace(self.model, path, module)
 
 
-def principal_components(moment: Tensor, width: int) -> Tensor:
-    """Eigenvectors (D × width, orthonormal, largest eigenvalue first) of a second moment (D × D).
+def principal_components(moment: Tensor) -> Tensor:
+    """Eigenvectors (D × D, in columns, largest eigenvalue first) of a second moment (D × D, float64).
 
     A hundredth of the mean diagonal is added, which moves no eigenvector but helps the solver.
     """
     damping = DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
     vectors: Tensor = torch.linalg.eigh(moment + damping)[1]
-    return vectors.flip(-1)[:, :width]
+    return vectors.flip(-1)
 
 
-def _affine(norm: nn.Module, size: int) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift of a norm in float64; ones and None where it has none."""
-    scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    return (
-        torch.ones(size, dtype=torch.float64) if scale is None else scale.double(),
-        None if shift is None else shift.double(),
-    )
-
-
-def _reading(linear: nn.Linear, basis: Tensor, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-    """Tensors of a linear that reads the rotated stream after a norm without `scale` and `shift`."""
-    tensors = {"weight": _times(linear.weight, scale.unsqueeze(-1).to(basis) * basis)}
-    if shift is not None:
-        bias = linear.weight.double() @ shift
-        tensors["bias"] = bias if linear.bias is None else bias + linear.bias
-    elif linear.bias is not None:
-        tensors["bias"] = linear.bias
-    return tensors
-
-
-def _writing(linear: nn.Linear, basis: Tensor) -> dict[str, Tensor]:
-    """Tensors of a linear that writes the rotated stream."""
-    tensors = {"weight": basis.T @ linear.weight.double()}
-    return tensors if linear.bias is None else tensors | {"bias": basis.T @ linear.bias.double()}
-
-
-def _times(weight: Tensor, right: Tensor) -> Tensor:
-    """`weight @ right` in float64, some rows at a time, stored in the weight's dtype."""
-    return torch.cat([(rows.double() @ right).to(weight.dtype) for rows in weight.split(_ROWS)])
+def _project(rows: Tensor, components: Tensor, width: int) -> None:
+    """Replace rows (tokens × D) by their projection onto the first `width` of the components."""
+    kept, cut = components[:, :width], components[:, width:]
+    if 2 * cut.shape[1] < len(components):  # fewer operations to take away than to keep
+        rows.addmm_(rows @ cut, cut.T, alpha=-1)
+    else:
+        rows.copy_(rows @ (kept @ kept.T))

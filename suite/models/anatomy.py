@@ -234,6 +234,11 @@ class Anatomy:
         return result._with(modules) if modules else result
 
     def _without(self, drop: set[int]) -> Anatomy:
+        if any(entry.path.endswith("_skip") for entry in self.entries):
+            raise InputError(
+                "the blocks of a sliced model hand on streams in bases of their own, so none of them can"
+                " be removed. Put slicegpt after the stage that removes blocks."
+            )
         kept = [block for block in range(self.n_blocks) if block not in drop]
         renumbered = {old: new for new, old in enumerate(kept)}
         prefix = re.compile(re.escape(self.layout.blocks) + r"\.(\d+)\b")

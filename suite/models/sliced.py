@@ -6,14 +6,23 @@ takes its stream as the last dimension: input … × width, output … × width 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from suite.layers import module_type
-from suite.models.anatomy import LAYOUTS
+from suite.layers import ModuleSpec, module_type
+from suite.models.anatomy import LAYOUTS, Anatomy, LinearShape
+
+READS_ATTENTION = frozenset({"query", "key", "value", "query_key_value"})
+"""Roles of the linears that read the stream through the norm before attention."""
+READS_MLP = frozenset({"gate", "up"})
+"""Roles of the linears that read the stream through the norm before the MLP."""
+
+SlicedLayout = Literal["tie-preserving", "official"]
 
 
 def normalise(x: Tensor, size: int, eps: float) -> Tensor:
@@ -153,3 +162,76 @@ class SlicedBlock(GradientCheckpointingLayer):
 
 def _skip(matrix: nn.Linear | None, hidden: Tensor) -> Tensor:
     return hidden if matrix is None else cast(Tensor, matrix(hidden))
+
+
+def sliced_modules(
+    anatomy: Anatomy, widths: list[int], layout: SlicedLayout, keep_whole: bool = True
+) -> dict[str, ModuleSpec]:
+    """The modules of a model sliced to `widths`, one for every point where the stream is read.
+
+    Between two points of full width nothing is rotated, unless `keep_whole` is False.
+    """
+    parts, size, eps = anatomy.layout, anatomy.hidden_size, anatomy.norms.eps
+    norm = ModuleSpec(type="unscaled_norm", arguments={"size": size, "eps": eps})
+    official = layout == "official"
+    modules: dict[str, ModuleSpec] = {}
+
+    def rotates(before: int, after: int) -> bool:
+        return not keep_whole or min(before, after) < size
+
+    for index, (entering, between, leaving) in enumerate(_by_block(widths, anatomy.parallel)):
+        path = f"{parts.blocks}.{index}"
+        middle = entering if between is None else between
+        arguments = {
+            "family": anatomy.model_type,
+            "entering": entering,
+            "between": between,
+            "leaving": leaving,
+            "entrance": size if index == 0 and not official else None,
+            "attention_skip": between is not None and rotates(entering, between),
+            "mlp_skip": rotates(middle, leaving),
+        }
+        modules[path] = ModuleSpec(type="sliced_block", arguments=arguments)
+        modules |= {f"{path}.{inner}": norm for inner in parts.norms}
+        of_role = dict.fromkeys(READS_ATTENTION, entering) | dict.fromkeys(READS_MLP, middle)
+        writes = {"output": leaving if between is None else between, "down": leaving}
+        for line in anatomy.linears:
+            if line.block == index:
+                modules[line.path] = _linear(line, of_role, writes, anatomy.norms.bias)
+    last, table = widths[-1], {"num_embeddings": anatomy.vocab_size, "embedding_dim": widths[0]}
+    if not official:
+        arguments = {"width": last, "size": size, "eps": eps, "bias": anatomy.norms.bias}
+        return modules | {parts.final_norm: ModuleSpec(type="expanding_norm", arguments=arguments)}
+    modules |= {parts.embedding: ModuleSpec(type="embedding", arguments=table), parts.final_norm: norm}
+    if parts.positions is not None:
+        modules[parts.positions] = _positions(anatomy, parts.positions, widths[0])
+    head = {"in_features": last, "out_features": anatomy.vocab_size}
+    bias = anatomy.head_bias or anatomy.norms.bias
+    return modules | {parts.head: ModuleSpec(type="linear", arguments={**head, "bias": bias})}
+
+
+def _by_block(widths: list[int], parallel: bool) -> Iterator[tuple[int, int | None, int]]:
+    """Widths entering, before the MLP (None where both branches read the same) and leaving a block."""
+    if parallel:
+        yield from ((entering, None, leaving) for entering, leaving in pairwise(widths))
+    else:
+        yield from zip(widths[:-1:2], widths[1::2], widths[2::2], strict=True)
+
+
+def _linear(line: LinearShape, reads: dict[str, int], writes: dict[str, int], norm_bias: bool) -> ModuleSpec:
+    return ModuleSpec(
+        type="linear",
+        arguments={
+            "in_features": reads.get(line.role, line.in_features),
+            "out_features": writes.get(line.role, line.out_features),
+            "bias": line.bias or (norm_bias and line.role in reads),
+        },
+    )
+
+
+def _positions(anatomy: Anatomy, path: str, width: int) -> ModuleSpec:
+    params = next(entry.params for entry in anatomy.entries if entry.path == path)
+    rows = params // anatomy.hidden_size
+    return ModuleSpec(
+        type="positions", arguments={"num_embeddings": rows, "embedding_dim": width, "offset": 2}
+    )
