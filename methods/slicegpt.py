@@ -151,21 +151,21 @@ class SliceGpt(Method[SliceGptConfig]):
 
 
 def _refuse_unsuitable(anatomy: Anatomy, name: str) -> None:
-    if not anatomy.pre_norm or anatomy.embedding_size != anatomy.hidden_size:
+    size, usual = anatomy.hidden_size, len(anatomy.layout.roles) * anatomy.n_blocks
+    linears = anatomy.dense_linears(name)
+    if len(linears) != usual or any(
+        (line.in_features if line.role in READS_ATTENTION | READS_MLP else line.out_features) != size
+        for line in linears
+    ):
+        raise InputError(
+            f"'{name}' needs the blocks' linears whole, but an earlier stage factorised or sliced them."
+            f" Put {name} first: {name}+..."
+        )
+    if not anatomy.pre_norm or anatomy.embedding_size != size:
         raise InputError(
             f"'{name}' rotates what stands before a norm; this {anatomy.model_type} model has its norms"
             " after the additions, or an embedding of another width than its stream. Use another method"
             " for it (weighin methods lists them)."
-        )
-    size, usual = anatomy.hidden_size, len(anatomy.layout.roles) * anatomy.n_blocks
-    plain = len(anatomy.linears) == usual and all(
-        (line.in_features if line.role in READS_ATTENTION | READS_MLP else line.out_features) == size
-        for line in anatomy.dense_linears(name)
-    )
-    if not plain:
-        raise InputError(
-            f"'{name}' needs the blocks' linears whole, but an earlier stage factorised or sliced them."
-            f" Put {name} first: {name}+..."
         )
 
 
