@@ -194,7 +194,9 @@ def test_the_raw_signal_follows_a_huge_token_and_the_normed_one_does_not() -> No
             model.get_input_embeddings().weight[TOKENS[0, 0]] *= scale
         module = blocks_of(cut(model, 24, signal=signal))[0].entrance
         assert module is not None
-        return module.weight.T @ module.weight  # the projection, whatever the signs of its basis
+        return (
+            module.weight.detach().T @ module.weight.detach()
+        )  # the projection, whatever the signs of its basis
 
     def change(signal: str) -> float:
         return float((entrance(1, signal) - entrance(1000, signal)).abs().max())

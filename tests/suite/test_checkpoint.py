@@ -26,6 +26,8 @@ CASES = [
     ("rtn-int4(embedding=4)", "none"),
     ("rtn-int4(symmetric=false, embedding=8, group=20)", "none"),
     ("svd+rtn-int8", "bytes=0.27"),
+    ("slicegpt(width=40)", "none"),
+    ("slicegpt(layout=official,width=40)+rtn-int4(embedding=8)", "none"),
 ]
 
 
