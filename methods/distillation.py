@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -138,7 +139,7 @@ def important_channels(model: PreTrainedModel, tokens: Tensor, plan: Plan) -> di
         down = block.module.get_submodule(roles["down"])
         assert isinstance(down, nn.Linear)
         energy = torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device)
-        block.observe(roles["down"], lambda a, energy=energy: energy.add_(a.double().square().sum(0)))
+        block.observe(roles["down"], partial(_add_energy, energy))
         score = energy * down.weight.double().square().sum(0)
         prefix = f"{layout.blocks}.{position}."
         width = plan.modules[prefix + roles["down"]].arguments["in_features"]
@@ -147,6 +148,10 @@ def important_channels(model: PreTrainedModel, tokens: Tensor, plan: Plan) -> di
         kept |= {prefix + roles[role]: ("out", channels) for role in WIDENING if role in roles}
         position += 1
     return kept
+
+
+def _add_energy(total: Tensor, activations: Tensor) -> None:
+    total += activations.double().square().sum(0)
 
 
 def narrowed(linear: nn.Linear, cut: tuple[str, Tensor]) -> ResizedLinear:

@@ -38,7 +38,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method may learn from: `tokens` (count × length, int64) with their SHA-256, and training text."""
+    """What a method may learn from: `tokens` (count × length, int64), their SHA-256, and training text."""
 
     tokens: Tensor
     digest: str

@@ -93,7 +93,8 @@ class Grid:
         self.store.check_writable()
         if healing is None and any("training" in recipe.needs for recipe, _ in pairs):
             raise InputError(
-                f"protocol '{protocol.name}' names no healing text: give one with --healing NAME:COUNTxLENGTH."
+                f"protocol '{protocol.name}' names no healing text."
+                " Give one with --healing NAME:COUNTxLENGTH."
             )
         self.cells: list[Cell] = []
         for model in track.models:
