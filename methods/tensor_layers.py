@@ -24,6 +24,7 @@ class TensorLinear(nn.Module):
     """
 
     form: ClassVar[type[Network]]
+    type_name: ClassVar[str]
 
     def __init__(
         self,
@@ -205,4 +206,5 @@ class TuckerLinear(TensorLinear):
         x = (x.transpose(1, 2) @ f3).transpose(1, 2) @ f4
         y = x.reshape(-1, r3 * r4) @ core.reshape(-1, r3 * r4).T
         y = y.reshape(-1, *core.shape[:2])
-        return (f1 @ y @ f2.T).reshape(y.shape[0], -1)
+        result: Tensor = f1 @ y @ f2.T
+        return result.reshape(y.shape[0], -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -61,7 +61,7 @@ class TensorNetworkConfig(MethodConfig):
     bonds: Literal["uniform", "water-filled"] = "water-filled"
     weighting: Weighting = "kronecker"
     metric: Literal["loss", "outputs"] = "loss"
-    refine: int = Field(default=30, ge=0)
+    refine: int = Field(default=20, ge=0)
     exclude: Words = ""
     shares: Words = ""
     limits: Words = ""
@@ -154,12 +154,12 @@ class TensorNetwork(Method[TensorNetworkConfig]):
         config = self.config
         return network_of(line.out_features, line.in_features, config.form, config.sites, config.pairing)
 
-    def extra(self, line: LinearShape) -> int:
+    def overhead(self, line: LinearShape) -> int:
         """Parameters of a network beside its cores and the linear's own bias."""
         return line.in_features if self.config.weighting == "diagonal" else 0
 
     def _offers(self, line: LinearShape) -> tuple[Rung, ...]:
-        return (*ladder(self.network(line), self.extra(line)), _dense(line))
+        return (*ladder(self.network(line), self.overhead(line)), _dense(line))
 
     def _fixed(self, linears: Sequence[LinearShape]) -> dict[str, Rung]:
         """The linears whose size the configuration decides."""
@@ -199,7 +199,7 @@ class TensorNetwork(Method[TensorNetworkConfig]):
                 rungs[line.path] = _dense(line)
             else:
                 bonds = tuple(spec.arguments["bonds"])
-                size = self.network(line).parameters(bonds) + self.extra(line)
+                size = self.network(line).parameters(bonds) + self.overhead(line)
                 rungs[line.path] = Rung(size, bonds)
         return rungs
 
@@ -268,7 +268,7 @@ class _Work:
                 else scale * float(importance.inputs.trace()) / len(importance.inputs)
             )
             spectra = [unit * network.spectrum(matrix, bond) for bond in range(len(network.full_bonds))]
-            rungs = ladder_on_loss(network, spectra, self.method.extra(line))
+            rungs = ladder_on_loss(network, spectra, self.method.overhead(line))
             self.offers[line.path] = (*rungs, _dense(line))
 
     def carry_out(self, rungs: Mapping[str, Rung]) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from suite.minimise import lbfgs
-from suite.tensors import Network, on_both_sides
+from suite.tensors import Network, on_both_sides, on_leg
 
 Weighting = Literal["none", "diagonal", "kronecker"]
 
@@ -32,8 +32,12 @@ class Importance:
 
     def of(self, error: Tensor) -> Tensor:
         """tr(G E C Eᵀ) for an error E (m × n)."""
-        left = error if self.outputs is None else self.outputs @ error
-        return (left * (error @ self.inputs)).sum()
+        with torch.no_grad():
+            weighed = error @ self.inputs
+            weighed = weighed if self.outputs is None else self.outputs @ weighed
+            value = (error * weighed).sum()
+        # G and C are symmetric: the gradient is 2·G E C, so no product need be differentiated.
+        return 2 * (error * weighed).sum() - value
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,9 @@ def fit(
     do what several hundred of Adam on the raw cores do not.
     """
     matrix = weight.detach().double()
+    plain: Weighting = "none"
     total = float(importance.of(matrix))
-    choices = dict.fromkeys((weighting, "none")) if total > 0 else {"none": None}
+    choices = list(dict.fromkeys((weighting, plain))) if total > 0 else [plain]
     starts = []
     for choice in choices:
         coordinates = Coordinates.chosen(network, choice, importance)
@@ -174,7 +179,8 @@ def _marginal(moment: Tensor, legs: Sequence[int], leg: int) -> Tensor:
 def _root(moment: Tensor) -> Tensor:
     """The symmetric root of a damped second moment."""
     values, vectors = torch.linalg.eigh(moment)
-    return (vectors * (values.clamp(min=0) + _DAMPING * values.mean()).sqrt()) @ vectors.T
+    root: Tensor = (vectors * (values.clamp(min=0) + _DAMPING * values.mean()).sqrt()) @ vectors.T
+    return root
 
 
 def _between(moment: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -182,5 +188,5 @@ def _between(moment: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     legs = [len(matrix) for matrix in matrices]
     tensor = moment.reshape(*legs, *legs)
     for leg, matrix in enumerate((*matrices, *matrices)):
-        tensor = torch.tensordot(matrix, tensor, ([1], [leg])).movedim(0, leg)
+        tensor = on_leg(tensor, leg, matrix)
     return tensor.reshape(moment.shape)

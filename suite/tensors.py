@@ -79,7 +79,8 @@ class Network(ABC):
         unfolded = self.unfolding(matrix.double(), bond)
         if unfolded.shape[0] > unfolded.shape[1]:
             unfolded = unfolded.T
-        return torch.linalg.eigvalsh(unfolded @ unfolded.T).flip(0).clamp(min=0)
+        values: Tensor = torch.linalg.eigvalsh(unfolded @ unfolded.T)
+        return values.flip(0).clamp(min=0)
 
     def preconditioned(self, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The same matrix as cores and a fixed vector per bond, to be joined by `linked`.
@@ -247,12 +248,12 @@ class Tucker(Network):
         for leg, factor in enumerate(cores[1:]):
             q, r = torch.linalg.qr(factor)
             bases.append(_sized(q, 1, factor.shape[1]))
-            core = _on_leg(core, leg, _sized(r, 0, factor.shape[1]))
+            core = on_leg(core, leg, _sized(r, 0, factor.shape[1]))
         factors, values_by_bond = [], []
         for leg, basis in enumerate(bases):
             left, values, _ = torch.linalg.svd(_unfolded(core, leg), full_matrices=False)
             left, values = _sized(left, 1, basis.shape[1]), _sized(values, 0, basis.shape[1])
-            core = _on_leg(core, leg, left.T)
+            core = on_leg(core, leg, left.T)
             factors.append(basis @ left * values)
             values_by_bond.append(values)
         return [core, *factors], values_by_bond
@@ -284,11 +285,13 @@ def _unfolded(tensor: Tensor, leg: int) -> Tensor:
     return tensor.movedim(leg, 0).reshape(tensor.shape[leg], -1)
 
 
-def _on_leg(tensor: Tensor, leg: int, matrix: Tensor) -> Tensor:
-    return torch.tensordot(matrix, tensor, ([1], [leg])).movedim(0, leg)
+def on_leg(tensor: Tensor, leg: int, matrix: Tensor) -> Tensor:
+    """`matrix` applied to one leg of a tensor."""
+    result: Tensor = torch.tensordot(matrix, tensor, ([1], [leg]))
+    return result.movedim(0, leg)
 
 
 def _applied(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for leg, matrix in enumerate(matrices):
-        tensor = _on_leg(tensor, leg, matrix)
+        tensor = on_leg(tensor, leg, matrix)
     return tensor
