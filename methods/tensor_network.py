@@ -44,12 +44,14 @@ class TensorNetworkConfig(MethodConfig):
 
     `bonds`: "uniform" keeps the same share of every matrix, "water-filled" spreads the size over the
     model by what the calibration text says each bond is worth. `form`, `sites`, `pairing`: the shape
-    of the networks (see `suite.tensor_shapes.network_of`). `weighting`: the coordinates in which
-    matrices are truncated. `metric`: errors count by what they cost the "loss" (to second order), or
-    as squared errors of the "outputs". `refine`: at most so many steps of refinement.
+    of the networks (see `suite.tensor_shapes.network_of`); pairing is crossed for an MPO and square
+    for Tucker unless given. `weighting`: the coordinates in which matrices are truncated. `metric`:
+    errors count by what they cost the "loss" (to second order), or as squared errors of the
+    "outputs". `refine`: at most so many steps of refinement.
 
     `exclude`, `shares` and `limits` name linears by role ("down"), by a piece of their path
-    ("layers.0", "mlp.up_proj") or by all of it, separated by blanks; the last match wins.
+    ("layers.0", "mlp.up_proj") or by all of it, separated by blanks; of several
+    matches the last wins, `limits` before `shares` before `exclude`.
     `exclude=down layers.0` leaves them dense, `shares=gate:0.5 layers.29:1` fixes the kept share,
     `limits=layers.3:40` the largest bond. In Python, lists and mappings may be given.
     """
@@ -57,7 +59,7 @@ class TensorNetworkConfig(MethodConfig):
     share: float | None = Field(default=None, gt=0, le=1)
     form: Form = "mpo"
     sites: Literal[2, 3] = 2
-    pairing: Pairing = "crossed"
+    pairing: Pairing | None = None
     bonds: Literal["uniform", "water-filled"] = "water-filled"
     weighting: Weighting = "kronecker"
     metric: Literal["loss", "outputs"] = "loss"
@@ -97,7 +99,7 @@ class TensorNetwork(Method[TensorNetworkConfig]):
     them, and to the outputs that the loss minds. Default factors are crossed, as in (288·2) × (2·288)
     for 576 × 576: site 1 holds most of the rows, site 2 most of the columns. With sites of one size
     this costs as many parameters as square factors (24·24) × (24·24), but has the smaller weighted
-    error on every matrix type tried, and needs a twelfth of the multiplications when x runs
+    error on nearly every matrix tried, and needs a twelfth of the multiplications when x runs
     through the cores. Embedding and head are left alone, and so is a matrix whose network would be
     no smaller.
     """
@@ -152,7 +154,9 @@ class TensorNetwork(Method[TensorNetworkConfig]):
     def network(self, line: LinearShape) -> Network:
         """The form that a linear's network has."""
         config = self.config
-        return network_of(line.out_features, line.in_features, config.form, config.sites, config.pairing)
+        # Tucker has a factor matrix on every leg, so long legs are dear there.
+        pairing: Pairing = config.pairing or ("square" if config.form == "tucker" else "crossed")
+        return network_of(line.out_features, line.in_features, config.form, config.sites, pairing)
 
     def overhead(self, line: LinearShape) -> int:
         """Parameters of a network beside its cores and the linear's own bias."""
