@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,6 +40,12 @@ class ModuleSpec(Frozen):
 
     type: str
     arguments: dict[str, Any]
+
+    @field_validator("arguments")
+    @classmethod
+    def _tuples(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # JSON knows only lists; as tuples they can be hashed and equal those of a plan.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
     def __hash__(self) -> int:
         return hash((self.type, tuple(sorted(self.arguments.items()))))

@@ -7,6 +7,7 @@ while it stands there; the next block is fed what the changed one gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,26 +116,41 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
             block.advance()
 
 
+def leave(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits of `ids` (sequences × length), given the hidden states that leave the last block."""
+    blocks = list(model.get_submodule(layout_of(model.config).blocks).children())
+    with _instead(blocks, lambda *_, **__: hidden):
+        logits: Tensor = model(ids.to(model.device), use_cache=False).logits
+    return logits
+
+
 def _enter(
     model: PreTrainedModel, blocks: Sequence[nn.Module], ids: Tensor
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """The hidden states entering the first block, and the keyword arguments each block is called with."""
     entered: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
-    forwards = [block.forward for block in blocks]
 
     def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         entered.append(hidden_states)
         arguments.append(kwargs)
         return hidden_states
 
+    with _instead(blocks, pass_on):
+        model.base_model(ids, use_cache=False)
+    return entered[0], arguments
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `forward` stand for the forward of every block inside the `with`."""
+    before = [block.forward for block in blocks]
     try:
         for block in blocks:
-            block.forward = pass_on
-        model.base_model(ids, use_cache=False)
-    finally:
-        for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            block.forward = own
             if "forward" in vars(block):
                 del block.forward
-    return entered[0], arguments

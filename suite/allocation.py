@@ -1,0 +1,143 @@
+"""Spreading a size over matrices so that the sum of their losses is least.
+
+Every matrix offers settings, each with a cost and a loss. Costs and losses only need one unit each:
+parameters and squared error, say. Nothing here knows what a setting is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from suite.errors import ImpossibleBudget
+
+_HALVINGS = 40
+
+
+class Setting(NamedTuple):
+    """What one setting of a matrix costs, and the loss it leaves."""
+
+    cost: int
+    loss: float
+
+
+def spread(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, int]:
+    """The chosen setting of every matrix (an index into its offers) within `budget`.
+
+    Walks down the lower convex hulls of all offers together, steepest step first, which is optimal
+    for the budgets it passes through; a step from a low rank to "stay dense" is one edge of the hull.
+    What is left over is then spent on whatever single change still fits and saves most.
+
+    Raises:
+        ImpossibleBudget: the cheapest settings cost more than `budget`.
+    """
+    hulls = {name: lower_hull(settings) for name, settings in offers.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(offers[name][index].cost for name, index in chosen.items())
+    if left < 0:
+        raise ImpossibleBudget(budget - left)
+    steps = []
+    for name, hull in hulls.items():
+        for before, after in itertools.pairwise(hull):
+            here, there = offers[name][before], offers[name][after]
+            saved = (here.loss - there.loss) / (there.cost - here.cost)
+            steps.append((-saved, name, there.cost - here.cost, after))
+    closed = set()
+    for _, name, cost, after in sorted(steps):
+        if cost > left:
+            closed.add(name)
+        if name not in closed:
+            chosen[name], left = after, left - cost
+    _spend_rest(offers, chosen, left)
+    return chosen
+
+
+def lower_hull(settings: Sequence[Setting]) -> list[int]:
+    """Indices of the settings on the lower convex hull, from the cheapest to the least loss."""
+    hull: list[int] = []
+    for index in sorted(range(len(settings)), key=lambda index: settings[index]):
+        point = settings[index]
+        if hull and point.loss >= settings[hull[-1]].loss:
+            continue
+        while len(hull) > 1 and not _turns_up(settings[hull[-2]], settings[hull[-1]], point):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _turns_up(first: Setting, middle: Setting, last: Setting) -> bool:
+    """Whether the loss falls more steeply before `middle` than after it."""
+    before = (middle.loss - first.loss) * (last.cost - middle.cost)
+    return before < (last.loss - middle.loss) * (middle.cost - first.cost)
+
+
+def _spend_rest(offers: Mapping[str, Sequence[Setting]], chosen: dict[str, int], left: int) -> None:
+    """Move single matrices to a better setting while one fits, most loss saved per cost first."""
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, index in chosen.items():
+            here = offers[name][index]
+            for other, there in enumerate(offers[name]):
+                if here.cost < there.cost <= here.cost + left and there.loss < here.loss:
+                    saved = (here.loss - there.loss) / (there.cost - here.cost)
+                    if best is None or saved > best[0]:
+                        best = (saved, name, other)
+        if best is None:
+            return
+        _, name, other = best
+        left -= offers[name][other].cost - offers[name][chosen[name]].cost
+        chosen[name] = other
+
+
+def low_rank_settings(
+    losses: Sequence[float], out_features: int, in_features: int, bias_cost: int = 0
+) -> list[Setting]:
+    """Settings of a factorised matrix: rank 1, 2, … below break-even, then dense without loss.
+
+    `losses[r - 1]` is the loss at rank r; `bias_cost` is what any rank costs beside its factors.
+    """
+    each, dense = out_features + in_features, out_features * in_features
+    ranks = range(1, min(len(losses), (dense - bias_cost - 1) // each) + 1)
+    return [*(Setting(rank * each + bias_cost, losses[rank - 1]) for rank in ranks), Setting(dense, 0.0)]
+
+
+def rank_of(offers: Sequence[Setting], index: int) -> int | None:
+    """The rank that an index into `low_rank_settings` stands for; None is dense."""
+    return None if index == len(offers) - 1 else index + 1
+
+
+def even(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, int]:
+    """The same share of its dearest setting for every matrix, rounded down; settings by rising cost.
+
+    What rounding leaves over buys one step more where that fits, cheap steps first.
+
+    Raises:
+        ImpossibleBudget: the cheapest settings cost more than `budget`.
+    """
+    costs = {name: [setting.cost for setting in settings] for name, settings in offers.items()}
+
+    def at(share: float) -> dict[str, int]:
+        return {name: max(0, bisect_right(cost, share * cost[-1]) - 1) for name, cost in costs.items()}
+
+    def total(chosen: Mapping[str, int]) -> int:
+        return sum(costs[name][index] for name, index in chosen.items())
+
+    chosen, low, high = at(0.0), 0.0, 1.0
+    if total(chosen) > budget:
+        raise ImpossibleBudget(total(chosen))
+    if total(at(1.0)) <= budget:
+        return at(1.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if total(at(middle)) <= budget:
+            low, chosen = middle, at(middle)
+        else:
+            high = middle
+    left = budget - total(chosen)
+    steps = [(costs[n][i + 1] - costs[n][i], n) for n, i in chosen.items() if i + 1 < len(costs[n])]
+    for cost, name in sorted(steps):
+        if cost <= left:
+            chosen[name], left = chosen[name] + 1, left - cost
+    return chosen
