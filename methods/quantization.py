@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -66,21 +66,25 @@ class RoundToNearest(Method[RtnConfig]):
         return Plan(knobs=knobs, modules=modules)
 
     def _embedding_modules(self, anatomy: Anatomy, bits: int) -> dict[str, ModuleSpec]:
-        shared = {
-            "bits": bits,
-            "group": self._group(anatomy.embedding_size),
-            "symmetric": self.config.symmetric,
-        }
-        vocab, width = anatomy.vocab_size, anatomy.embedding_size
+        def shared(width: int) -> dict[str, Any]:
+            return {"bits": bits, "group": self._group(width), "symmetric": self.config.symmetric}
+
+        vocab, width, read = anatomy.vocab_size, anatomy.embedding_size, anatomy.head_size
         table = ModuleSpec(
-            type="packed_embedding", arguments={"num_embeddings": vocab, "embedding_dim": width, **shared}
+            type="packed_embedding",
+            arguments={"num_embeddings": vocab, "embedding_dim": width, **shared(width)},
         )
         head = (
             ModuleSpec(type="tied_head", arguments={"source": anatomy.layout.embedding})
             if anatomy.tied
             else ModuleSpec(
                 type="packed_linear",
-                arguments={"in_features": width, "out_features": vocab, **shared, "bias": False},
+                arguments={
+                    "in_features": read,
+                    "out_features": vocab,
+                    **shared(read),
+                    "bias": anatomy.head_bias,
+                },
             )
         )
         return {anatomy.layout.embedding: table, anatomy.layout.head: head}

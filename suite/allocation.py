@@ -6,6 +6,7 @@ parameters and squared error, say. Nothing here knows what a setting is.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -39,7 +40,7 @@ def spread(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, in
         raise ImpossibleBudget(budget - left)
     steps = []
     for name, hull in hulls.items():
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in itertools.pairwise(hull):
             here, there = offers[name][before], offers[name][after]
             saved = (here.loss - there.loss) / (there.cost - here.cost)
             steps.append((-saved, name, there.cost - here.cost, after))

@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite import data
 from suite.errors import InputError
-from suite.specs import CalibrationSpec
+from suite.specs import CalibrationSpec, HealingSpec
+
+HELD_OUT_SEQUENCES = 4
+_TRAINING_STREAM = 1 << 20
+
+
+@dataclass(frozen=True)
+class Training:
+    """Text that every healed or distilled model is trained on: the same tokens in the same order."""
+
+    tokens: Tensor
+    """count × length, int64."""
+    held_out: Tensor
+    """A few more sequences of the same text, never trained on, to follow the loss with."""
+    batch: int
+    """Sequences in one optimizer step."""
+    digest: str
+    """SHA-256 of tokens and held-out tokens."""
+    teacher: Callable[[], PreTrainedModel]
+    """Loads the dense model, in evaluation mode and without gradients."""
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`tokens` (count × length, int64) and their SHA-256."""
+    """What a method may learn from: `tokens` (count × length, int64), their SHA-256, and training text."""
 
     tokens: Tensor
     digest: str
+    training: Training | None = None
+    """Given to methods that need "training"."""
 
 
 def draw(
@@ -31,16 +54,41 @@ def draw(
     Raises:
         InputError: the text is too short for that many windows.
     """
+    tokens = _windows(spec, spec.count, tokenizer, seed, folder)
+    return Calibration(tokens, tokens_digest(tokens))
+
+
+def draw_training(
+    spec: HealingSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Callable[[], PreTrainedModel],
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Training:
+    """Draw `count` training sequences and a few held-out ones, each window at most once.
+
+    Raises:
+        InputError: the text is too short for that many windows.
+    """
+    # Another draw than that of the calibration, which may be of the same text.
+    windows = _windows(spec, spec.count + HELD_OUT_SEQUENCES, tokenizer, seed + _TRAINING_STREAM, folder)
+    tokens, held_out = windows[: spec.count], windows[spec.count :]
+    return Training(tokens, held_out, spec.batch, tokens_digest(windows), teacher)
+
+
+def _windows(
+    spec: CalibrationSpec, count: int, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path | None
+) -> Tensor:
     ids = token_ids(tokenizer, data.text(spec.source, folder))
     windows = ids[: len(ids) // spec.length * spec.length].reshape(-1, spec.length)
-    if len(windows) < spec.count:
+    if len(windows) < count:
+        most = max(len(windows) - (count - spec.count), 0)
         raise InputError(
-            f"calibration {spec}: '{spec.source}' holds only {len(windows)} sequences of {spec.length}"
-            f" tokens with this tokenizer. Ask for at most {spec.source}:{len(windows)}x{spec.length}."
+            f"{spec}: '{spec.source}' holds only {len(windows)} sequences of {spec.length} tokens with this"
+            f" tokenizer, {count} are needed. Ask for at most {spec.source}:{most}x{spec.length}."
         )
     generator = torch.Generator().manual_seed(seed)
-    tokens = windows[torch.randperm(len(windows), generator=generator)[: spec.count]].contiguous()
-    return Calibration(tokens, tokens_digest(tokens))
+    return windows[torch.randperm(len(windows), generator=generator)[:count]].contiguous()
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

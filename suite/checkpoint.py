@@ -18,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from suite.errors import InputError
-from suite.layers import ModuleSpec, spec_of
+from suite.layers import ModuleSpec, replace, spec_of
 from suite.measure.ledger import tensor_bytes
+from suite.models import sliced as sliced  # registers its module types
 from suite.models.load import forget_quantization
 
 QUANT_METHOD = "weighin"
@@ -35,12 +36,11 @@ def perform(model: PreTrainedModel, surgery: dict[str, ModuleSpec]) -> None:
     """Put skeletons of the listed modules into a model whose weights are not loaded yet."""
     for path, spec in surgery.items():
         try:
-            model.get_submodule(path)
+            replace(model, path, spec.build(model.dtype))
         except AttributeError:
             raise InputError(
                 f"the checkpoint's surgery list names '{path}', which this model lacks."
             ) from None
-        model.set_submodule(path, spec.build(model.dtype))
     for module in model.modules():
         bind = getattr(module, "bind", None)
         if callable(bind) and spec_of(module) is not None:

@@ -191,6 +191,8 @@ def _check_alike(chosen: Sequence[Chosen], names: Sequence[str]) -> list[str]:
             notes.append(f"{name}: another protocol; differs in {', '.join(differing) or 'task limits'}")
         if a.calibration != b.calibration:
             notes.append(f"{name}: another calibration ({b.calibration}, not {a.calibration})")
+        if a.healing and b.healing and a.healing != b.healing:
+            notes.append(f"{name}: trained on other tokens ({b.healing}, not {a.healing})")
         if a.device != b.device:
             notes.append(f"{name}: another device ({b.device}, not {a.device})")
     return notes

@@ -3,6 +3,9 @@
 A module type is registered under a short name. Its constructor takes JSON-able arguments, and
 `arguments()` gives them back, so that a checkpoint stores only `path -> (type, arguments)` and a
 reload rebuilds the skeleton from them. Methods may register types of their own.
+
+A type with a method `adopt(old)` wraps what stood at its path: it takes over `old`'s children under
+their own names, so that everything inside keeps its path, and counts only what it adds as its own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,8 +41,19 @@ class ModuleSpec(Frozen):
     type: str
     arguments: dict[str, Any]
 
+    @field_validator("arguments")
+    @classmethod
+    def _tuples(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # JSON knows only lists; as tuples they can be hashed and equal those of a plan.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+
     def __hash__(self) -> int:
         return hash((self.type, tuple(sorted(self.arguments.items()))))
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the module keeps what is inside the one it replaces."""
+        return hasattr(module_types.get(self.type), "adopt")
 
     def build(self, dtype: torch.dtype, device: str = "meta") -> nn.Module:
         """Construct the module, without weights when `device` is "meta"."""
@@ -69,9 +84,11 @@ def spec_of(module: nn.Module) -> ModuleSpec | None:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`, on the device of what stood there."""
+    """Put `module` at `path`, on the device of what stood there; a wrapping one adopts that."""
     old = model.get_submodule(path)
     reference = next(old.parameters(), None)
+    if hasattr(module, "adopt"):
+        cast(Any, module).adopt(old)
     if reference is not None and reference.device.type != "meta":
         module = module.to(reference.device)
     model.set_submodule(path, module.train(old.training))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,45 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     scale = values.flip(-1)[:rank].clamp(min=floor).pow(0.25)
     left, right = matrix @ (top / scale), (top * scale).T
     return (right.T, left.T) if transposed else (left, right)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Principal directions of a linear's outputs, the strongest first: W ≈ expand[:, :r] · reduce[:r] · W.
+
+    `values` (k) are the output moments along them, `reduce` is k × m and `expand` m × k, with
+    k = min(m, n) for a weight of m × n; `reduce · expand` is the identity.
+    """
+
+    values: Tensor
+    reduce: Tensor
+    expand: Tensor
+
+
+def principal_outputs(weight: Tensor, moment: Tensor, metric: Tensor | None = None) -> Projection:
+    """Directions of the outputs of `weight` (m × n) for inputs with Σ x xᵀ = `moment` (n × n), in float64.
+
+    The first r give the W' of rank r with the least tr(M (W−W') C (W−W')ᵀ), which is then the sum
+    of the other `values`. M is `metric` (m × m, positive definite), by default the identity: then
+    `expand` holds the eigenvectors of W C Wᵀ (Chavan et al., arXiv 2312.07046, section 2).
+    """
+    root = None if metric is None else torch.linalg.cholesky(metric.double())
+    matrix = weight.detach().double() if root is None else root.T @ weight.detach().double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        values, vectors = torch.linalg.eigh(_symmetric(matrix @ moment.double() @ matrix.T))
+        vectors = vectors.flip(-1)
+    else:
+        # Fewer inputs than outputs: the same directions from the smaller Gram matrix.
+        inner, axes = torch.linalg.eigh(_symmetric(moment.double()))
+        outputs = matrix @ (axes * inner.clamp(min=0).sqrt())
+        values, axes = torch.linalg.eigh(_symmetric(outputs.T @ outputs))
+        vectors = torch.linalg.qr(outputs @ axes.flip(-1)).Q
+    values = values.flip(-1).clamp(min=0)
+    if root is None:
+        return Projection(values, vectors.T, vectors)
+    expand = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+    return Projection(values, vectors.T @ root.T, expand)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2

@@ -81,7 +81,7 @@ class Method(ABC, Generic[ConfigT]):
     version: ClassVar[int] = 1
     acts_on: ClassVar[frozenset[Metric]] = frozenset({"params", "bytes"})
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Any of "calibration", "cuda"."""
+    """Any of "calibration", "training" (tokens to train on, and the dense model), "cuda"."""
     adaptive: ClassVar[bool] = False
     """Whether `compress` lets the data decide how the planned size is spread over the modules."""
     acts_on_parts: ClassVar[Literal["linears", "blocks"] | None] = "linears"

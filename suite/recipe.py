@@ -123,7 +123,7 @@ class Recipe:
             before_stage(stage)
             if anatomy != plan.start and any(earlier.adaptive for earlier in self.stages[: len(carried_out)]):
                 step = stage.plan(anatomy, target, plan.seed)
-            needed = calibration if "calibration" in stage.needs else None
+            needed = calibration if stage.needs & {"calibration", "training"} else None
             done = stage.compress(model, step, needed) or step
             _no_larger(stage.name, step.apply(anatomy), after := done.apply(anatomy))
             anatomy = after

@@ -106,6 +106,7 @@ class Record(Part):
     measurements: Measurements | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     calibration_digest: str | None = None
+    healing_digest: str | None = None
     conditions: dict[str, Any] = Field(default_factory=dict)
     noise: list[Noise] | None = None
     """The noise floor, on the dense record; None where it was not measured."""

@@ -7,7 +7,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -81,15 +81,29 @@ class CalibrationSpec(Frozen):
     length: int = Field(gt=1)
 
     @classmethod
-    def parse(cls, text: str) -> CalibrationSpec:
+    def parse(cls, text: str) -> Self:
         """Read `NAME:COUNTxLENGTH`, for example `wikitext2:64x512`."""
         match = re.fullmatch(r"([\w-]+):(\d+)x(\d+)", text.strip())
         if not match or int(match[2]) < 1 or int(match[3]) < 2:
-            raise InputError(f"'{text}' is not a calibration. Use NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")
+            raise InputError(f"'{text}' is not a text sample. Use NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")
         return cls(source=match[1], count=int(match[2]), length=int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.source}:{self.count}x{self.length}"
+
+
+class HealingSpec(CalibrationSpec):
+    """Which text every healed or distilled model is trained on, once through, in one order.
+
+    `batch` sequences make one optimizer step.
+    """
+
+    batch: int = Field(default=2, gt=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.count * self.length
 
 
 class PerplexitySpec(Frozen):
@@ -131,6 +145,7 @@ class Protocol(Frozen):
     perplexity: PerplexitySpec
     tasks: tuple[TaskSpec, ...]
     speed: SpeedSpec = SpeedSpec()
+    healing: HealingSpec | None = None
     dtype: Literal["bfloat16", "float32", "native"] = "native"
     tokens_per_batch: int | None = None
     """Tokens in a padded evaluation batch; by default 512 on a CPU and 16,384 on an accelerator."""
@@ -139,6 +154,10 @@ class Protocol(Frozen):
     def load(cls, name: str) -> Protocol:
         """Load a protocol by name (`weighin tasks` lists them) or from a YAML file."""
         return load_named(cls, "protocol", name)
+
+    def digest(self) -> str:
+        """SHA-256 of all that every row depends on; what only healed rows need is in their `RunSpec`."""
+        return digest_of(self.model_dump(mode="json", exclude={"healing"}))
 
 
 class Track(Frozen):
@@ -150,6 +169,7 @@ class Track(Frozen):
     protocol: str = "embedded"
     seeds: tuple[int, ...] = (0,)
     calibration: str | None = None
+    healing: str | None = None
     limit: int | None = Field(default=None, gt=0)
     cells: tuple[tuple[str, str], ...] = ()
     """Extra (recipe, budget) pairs beside the full product."""
@@ -178,13 +198,16 @@ class RunSpec(Frozen):
     protocol: Protocol
     protocol_digest: str
     calibration: CalibrationSpec
+    healing: HealingSpec | None = None
+    """The training text, where a stage of the recipe trains."""
     seed: int = 0
     device: str = "cpu"
     limit: int | None = None
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits naming this cell's record."""
-        return digest_of([self.schema_version, self.model_dump(mode="json")])[:16]
+        unused = {"protocol": {"healing": True}} | ({} if self.healing else {"healing": True})
+        return digest_of([self.schema_version, self.model_dump(mode="json", exclude=unused)])[:16]
 
 
 def digest_of(value: Any) -> str:

@@ -7,6 +7,7 @@ while it stands there; the next block is fed what the changed one gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suite.models.anatomy import layout_of
+from suite.models.layouts import layout_of
 
 BATCH_SIZE = 8
 
@@ -34,6 +35,8 @@ class BlockOnStream:
     """Hidden states entering the block, by batch (sequences × length × hidden size)."""
     arguments: list[dict[str, Any]]
     """The other arguments of the block's forward, by batch."""
+    advanced: bool = False
+    """Whether the inputs are the next block's already."""
 
     @torch.no_grad()
     def observe(self, path: str, see: Callable[[Tensor], None]) -> None:
@@ -79,6 +82,7 @@ class BlockOnStream:
         """Replace the inputs by what the block, as it now is, makes of them."""
         for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
             self.inputs[position] = self.module(hidden, **arguments)
+        self.advanced = True
 
 
 def second_moment(value: Tensor) -> Tensor:
@@ -91,6 +95,7 @@ def second_moment(value: Tensor) -> Tensor:
 def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE) -> Iterator[BlockOnStream]:
     """Yield the blocks in order, each with its inputs; after the body runs, its outputs go on.
 
+    A body that computes the outputs itself puts them into `inputs` and sets `advanced`.
     `tokens` is sequences × length, without padding. The list of inputs is shared by all blocks.
     """
     layout = layout_of(model.config)
@@ -106,8 +111,17 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
             index, f"{layout.blocks}.{index}", module, inputs, [by_block[index] for by_block in arguments]
         )
         yield block
-        block.module = model.get_submodule(block.path)  # the body may have put another one there
-        block.advance()
+        if not block.advanced:
+            block.module = model.get_submodule(block.path)  # the body may have put another one there
+            block.advance()
+
+
+def leave(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits of `ids` (sequences × length), given the hidden states that leave the last block."""
+    blocks = list(model.get_submodule(layout_of(model.config).blocks).children())
+    with _instead(blocks, lambda *_, **__: hidden):
+        logits: Tensor = model(ids.to(model.device), use_cache=False).logits
+    return logits
 
 
 def _enter(
@@ -116,20 +130,27 @@ def _enter(
     """The hidden states entering the first block, and the keyword arguments each block is called with."""
     entered: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
-    forwards = [block.forward for block in blocks]
 
     def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         entered.append(hidden_states)
         arguments.append(kwargs)
         return hidden_states
 
+    with _instead(blocks, pass_on):
+        model.base_model(ids, use_cache=False)
+    return entered[0], arguments
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `forward` stand for the forward of every block inside the `with`."""
+    before = [block.forward for block in blocks]
     try:
         for block in blocks:
-            block.forward = pass_on
-        model.base_model(ids, use_cache=False)
-    finally:
-        for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            block.forward = own
             if "forward" in vars(block):
                 del block.forward
-    return entered[0], arguments

@@ -41,7 +41,7 @@ def agreements(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
     scores: dict[str, dict[str, dict[tuple[Any, ...], float]]] = {}
     for row in rows:
         if row["accuracy"] is not None and row["recipe"] != "dense":
-            cell = (row["recipe"], row["budget"], row["seed"])
+            cell = (row["recipe"], row["budget"], row["seed"], row["healing_tokens"])
             scores.setdefault(row["model"], {}).setdefault(row["protocol"], {})[cell] = row["accuracy"]
     found = []
     for model, by_protocol in scores.items():

@@ -23,6 +23,17 @@ class Standing:
     """Why there is no rank, where the reader would expect one."""
 
 
+def contest(record: Record) -> str:
+    """Within equal conditions, the rows that are ranked together: equal budget, equal healing."""
+    spec = record.spec
+    label = "unbudgeted" if spec.budget.metric == "none" else str(spec.budget)
+    return (
+        f"{label} · trained on {spec.healing.tokens:,} tokens of {spec.healing.source}"
+        if spec.healing
+        else label
+    )
+
+
 Standings = Mapping[str, Standing]
 """Standings by record id."""
 
@@ -50,11 +61,12 @@ def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standi
     members: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.measurements and record.spec.recipe != "dense":
-            members.setdefault((conditions(record), str(record.spec.budget)), []).append(record)
+            members.setdefault((conditions(record), contest(record)), []).append(record)
     result: dict[str, Standing] = {}
-    for (condition, budget), group in members.items():
+    for (condition, _), group in members.items():
         reference = dense.get(condition)
-        result |= _of_table(([reference] if reference else []) + group, store, budget != "none")
+        ranked = group[0].spec.budget.metric != "none"
+        result |= _of_table(([reference] if reference else []) + group, store, ranked)
     return result
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from suite.board.agreement import agreements
-from suite.board.standings import Standing, Standings, conditions
+from suite.board.standings import Standing, Standings, conditions, contest
 from suite.records import Measurements, Record
 
 Row = dict[str, Any]
@@ -49,15 +49,14 @@ class Table:
 
 
 def tables(records: Sequence[Record], standings: Standings | None = None) -> list[Table]:
-    """Group rows that may be compared: equal model, protocol, calibration, limit, device and budget."""
+    """Group rows that may be compared: equal model, protocol, calibration, limit, device, budget, healing."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     references: dict[str, Row] = {}
     for row in rows(records, standings):
         if row["recipe"] == "dense":
             references.setdefault(row["conditions"], row)
             continue
-        label = "unbudgeted" if row["budget_metric"] == "none" else row["budget"]
-        groups.setdefault((row["conditions"], label), []).append(row)
+        groups.setdefault((row["conditions"], row["contest"]), []).append(row)
     for shared in references:
         if not any(key[0] == shared for key in groups):
             groups[(shared, "none")] = []
@@ -185,6 +184,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "standing_note": standing.note,
         "noise": [noise.model_dump() for noise in record.noise] if record.noise else None,
         "conditions": conditions(record),
+        "contest": contest(record),
+        "healing_tokens": spec.healing.tokens if spec.healing else 0,
     }
 
 
@@ -227,6 +228,7 @@ def _order(row: Row) -> tuple[Any, ...]:
         row["recipe"] != "dense",
         metric,
         -(row["budget_target"] or 0),
+        row["healing_tokens"],
         status,
         -(row["accuracy"] or 0),
         row["recipe"],

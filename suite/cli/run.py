@@ -42,6 +42,9 @@ def run(
     protocol: Annotated[str | None, typer.Option(help="Protocol: its name or a YAML file.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed. Repeatable.")] = None,
     calibration: Annotated[str | None, typer.Option(help="NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")] = None,
+    healing: Annotated[
+        str | None, typer.Option(help="Training text of healed recipes: NAME:COUNTxLENGTH.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     data_dir: DataDir = None,
     plugin: Plugins = None,
@@ -77,6 +80,7 @@ def run(
         "protocol": protocol,
         "seeds": seed,
         "calibration": calibration,
+        "healing": healing,
         "limit": limit,
     }
     changes = {key: value for key, value in given.items() if value is not None}

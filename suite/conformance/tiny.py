@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from suite.calibration import Calibration, tokens_digest
+from suite.calibration import Calibration, Training, tokens_digest
 from suite.models.anatomy import Anatomy, anatomy_of
 from suite.recipe import Recipe, RecipePlan
 from suite.specs import Budget
@@ -113,13 +114,21 @@ def compress(model: PreTrainedModel, recipe: str, budget: str = "none", seed: in
     """Plan and perform a recipe on `model`, in place."""
     parsed = Recipe.parse(recipe)
     plan = parsed.plan(anatomy_of(model), Budget.parse(budget), seed)
-    return parsed.compress(model, plan, calibration_sample())
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    return parsed.compress(model, plan, calibration_sample(lambda: teacher))
 
 
-def calibration_sample() -> Calibration:
-    """A few random sequences."""
+def calibration_sample(teacher: Callable[[], PreTrainedModel] | None = None) -> Calibration:
+    """A few random sequences, and others to train on when there is a teacher."""
     tokens = token_ids(4, 16)
-    return Calibration(tokens, tokens_digest(tokens))
+    return Calibration(tokens, tokens_digest(tokens), training_sample(teacher) if teacher else None)
+
+
+def training_sample(teacher: Callable[[], PreTrainedModel]) -> Training:
+    """Eight random sequences in four steps, and two held out."""
+    tokens, held_out = token_ids(8, 16, seed=1), token_ids(2, 16, seed=2)
+    digest = tokens_digest(torch.cat([tokens, held_out]))
+    return Training(tokens, held_out, 2, digest, teacher)
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

@@ -203,7 +203,7 @@ def _attempt(desk: Desk, case: Case, folder: Path) -> Exception | None:
         model, tokenizer = load.load_model(source, device), load.load_tokenizer(source.location)
         with _no_peeking():
             plan = recipe.plan(load.load_anatomy(source), case.budget, SEED)
-            plan = recipe.compress(model, plan, _calibration(), lambda stage: seed_everything(SEED))
+            plan = recipe.compress(model, plan, _calibration(source), lambda stage: seed_everything(SEED))
         checkpoint.save(model, tokenizer, folder)
         stages = [step.model_dump(mode="json") for step in plan.stages]
         _carried_out(folder).write_text(json.dumps(stages))
@@ -281,9 +281,10 @@ def _no_peeking() -> Iterator[None]:
         yield
 
 
-def _calibration() -> Calibration:
+def _calibration(source: load.Source) -> Calibration:
     tokens = tiny.token_ids(16, 32)
-    return Calibration(tokens, tokens_digest(tokens))
+    training = tiny.training_sample(lambda: load.load_model(source).requires_grad_(False))
+    return Calibration(tokens, tokens_digest(tokens), training)
 
 
 def _probe(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from suite.gate import sequential
 from suite.gate.criteria import Criterion
 from suite.gate.outcomes import Measured, Recorded, Row, key_of
 from suite.gate.sequential import Decision
-from suite.specs import Frozen, Protocol, digest_of
+from suite.specs import Frozen, Protocol
 
 Pairs = dict[str, list[tuple[Row, Row]]]
 """Task -> (base, candidate) rows in the order of the test."""
@@ -63,7 +63,7 @@ class Accuracy:
                 raise InputError(f"there are no items of task '{name}'.")
             self._all[name] = list(found)
         self.sizes = {name: len(found) for name, found in self._all.items()}
-        digest = digest_of(protocol.model_dump(mode="json"))
+        digest = protocol.digest()
         self._order = {name: sequential.order(digest, name, size) for name, size in self.sizes.items()}
         self.pairs: Pairs = {}
 

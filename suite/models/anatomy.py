@@ -8,113 +8,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from suite.errors import InputError, nearest
+from suite.errors import InputError
 from suite.layers import ModuleSpec, PackedLinear
 from suite.measure.ledger import Entry, ledger, total_disk, total_params
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one family keeps its parts, as paths inside the model or inside a block."""
-
-    blocks: str
-    embedding: str
-    final_norm: str
-    head: str
-    attention: str
-    norms: tuple[str, ...]
-    roles: Mapping[str, str]
-    """Path inside a block -> role of that linear, in the order they run."""
-
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Paths inside a block of the linears that read the same input, in the order they run."""
-        shared = {"key": "query", "value": "query", "up": "gate"}
-        groups: dict[str, list[str]] = {}
-        for path, role in self.roles.items():
-            first = shared.get(role, role)
-            groups.setdefault(first if first in self.roles.values() else role, []).append(path)
-        return tuple(tuple(paths) for paths in groups.values())
-
-
-LLAMA_LIKE = Layout(
-    blocks="model.layers",
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    head="lm_head",
-    attention="self_attn",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    roles={
-        "self_attn.q_proj": "query",
-        "self_attn.k_proj": "key",
-        "self_attn.v_proj": "value",
-        "self_attn.o_proj": "output",
-        "mlp.gate_proj": "gate",
-        "mlp.up_proj": "up",
-        "mlp.down_proj": "down",
-    },
-)
-OPT = Layout(
-    blocks="model.decoder.layers",
-    embedding="model.decoder.embed_tokens",
-    final_norm="model.decoder.final_layer_norm",
-    head="lm_head",
-    attention="self_attn",
-    norms=("self_attn_layer_norm", "final_layer_norm"),
-    roles={
-        "self_attn.q_proj": "query",
-        "self_attn.k_proj": "key",
-        "self_attn.v_proj": "value",
-        "self_attn.out_proj": "output",
-        "fc1": "up",
-        "fc2": "down",
-    },
-)
-GPT_NEOX = Layout(
-    blocks="gpt_neox.layers",
-    embedding="gpt_neox.embed_in",
-    final_norm="gpt_neox.final_layer_norm",
-    head="lm_head",
-    attention="attention",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    roles={
-        "attention.query_key_value": "query_key_value",
-        "attention.dense": "output",
-        "mlp.dense_h_to_4h": "up",
-        "mlp.dense_4h_to_h": "down",
-    },
-)
-LAYOUTS: dict[str, Layout] = {
-    "llama": LLAMA_LIKE,
-    "mistral": LLAMA_LIKE,
-    "qwen2": LLAMA_LIKE,
-    "qwen3": LLAMA_LIKE,
-    "opt": OPT,
-    "gpt_neox": GPT_NEOX,
-}
-
-
-def layout_of(config: PretrainedConfig) -> Layout:
-    """The layout of a model family.
-
-    Raises:
-        InputError: the family is not supported; the message names those that are.
-    """
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None:
-        raise InputError(
-            f"model family '{config.model_type}' is not supported."
-            f"{nearest(config.model_type, LAYOUTS)}  (Supported: {', '.join(LAYOUTS)}.)"
-        )
-    return layout
+from suite.models.layouts import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -134,6 +39,15 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """What the norms of a model do: subtract the mean or not, add a bias or not, and their epsilon."""
+
+    centred: bool
+    bias: bool
+    eps: float
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Shapes of a model, and its ledger."""
 
@@ -144,11 +58,19 @@ class Anatomy:
     hidden_size: int
     embedding_size: int
     """Width of the embedding table; OPT-350M projects it to the hidden size."""
+    head_size: int
+    """Width of what the head reads."""
+    head_bias: bool
     vocab_size: int
     heads: int
     key_value_heads: int
     head_dim: int
     tied: bool
+    norms: Norms
+    pre_norm: bool
+    """Whether norms stand before attention and MLP, and not after them as in OPT-350M."""
+    parallel: bool
+    """Whether attention and MLP of a block read the same stream, as in most GPT-NeoX models."""
     linears: tuple[LinearShape, ...]
     entries: tuple[Entry, ...]
 
@@ -199,6 +121,11 @@ class Anatomy:
         return result._with(modules) if modules else result
 
     def _without(self, drop: set[int]) -> Anatomy:
+        if any(entry.path.endswith("_skip") for entry in self.entries):
+            raise InputError(
+                "the blocks of a sliced model hand on streams in bases of their own, so none of them can"
+                " be removed. Put slicegpt after the stage that removes blocks."
+            )
         kept = [block for block in range(self.n_blocks) if block not in drop]
         renumbered = {old: new for new, old in enumerate(kept)}
         prefix = re.compile(re.escape(self.layout.blocks) + r"\.(\d+)\b")
@@ -221,8 +148,9 @@ class Anatomy:
         return replace(self, n_blocks=len(kept), linears=linears, entries=entries)
 
     def _with(self, modules: Mapping[str, ModuleSpec]) -> Anatomy:
-        entries = [entry for entry in self.entries if not _inside(entry.path, modules)]
-        linears = [linear for linear in self.linears if not _inside(linear.path, modules)]
+        gone = {path for path, spec in modules.items() if not spec.wraps}
+        entries = [entry for entry in self.entries if not _inside(entry.path, gone)]
+        linears = [linear for linear in self.linears if not _inside(linear.path, gone)]
         before = {linear.path: linear for linear in self.linears}
         for path, spec in modules.items():
             own_entries, own_linears = _skeleton(spec, self.dtype)
@@ -233,10 +161,15 @@ class Anatomy:
                     replace(line, path=_join(path, line.path), role=parent.role, block=parent.block)
                     for line in own_linears
                 ]
-        return replace(self, entries=tuple(entries), linears=tuple(linears))
+        result = replace(self, entries=tuple(entries), linears=tuple(linears))
+        if (table := modules.get(self.layout.embedding)) is not None:
+            result = replace(result, embedding_size=table.arguments["embedding_dim"])
+        if (head := modules.get(self.layout.head)) is not None and (own := _skeleton(head, self.dtype)[1]):
+            result = replace(result, tied=False, head_size=own[0].in_features, head_bias=own[0].bias)
+        return result
 
 
-def _inside(path: str, modules: Mapping[str, ModuleSpec]) -> bool:
+def _inside(path: str, modules: Container[str]) -> bool:
     """Whether a path is, or lies in, one of the replaced modules."""
     while path:
         if path in modules:
@@ -293,18 +226,31 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 for line in _linears_of(module)
             ]
     heads = config.num_attention_heads
+    head = _linears_of(model.get_submodule(layout.head))
+    table: Any = model.get_submodule(layout.embedding)
+    embedding_size = table.embedding_dim if isinstance(table, nn.Embedding) else table.columns
+    norm: Any = model.get_submodule(f"{layout.blocks}.0.{layout.norms[0]}")
     return Anatomy(
         model_type=config.model_type,
         layout=layout,
         dtype=model.dtype,
         n_blocks=len(list(blocks.children())),
         hidden_size=config.hidden_size,
-        embedding_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        embedding_size=embedding_size,
+        head_size=head[0].in_features if head else embedding_size,
+        head_bias=bool(head) and head[0].bias,
         vocab_size=config.vocab_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         tied=bool(config.tie_word_embeddings),
+        norms=Norms(
+            centred=isinstance(norm, nn.LayerNorm),
+            bias=getattr(norm, "bias", None) is not None,
+            eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon,
+        ),
+        pre_norm=getattr(config, "do_layer_norm_before", True),
+        parallel=getattr(config, "use_parallel_residual", False),
         linears=tuple(linears),
         entries=ledger(model),
     )

@@ -25,7 +25,8 @@ from transformers import (
 from transformers.utils import logging
 
 from suite.errors import InputError, MissingExtra, nearest
-from suite.models.anatomy import Anatomy, anatomy_of, layout_of
+from suite.models.anatomy import Anatomy, anatomy_of
+from suite.models.layouts import layout_of
 
 _WEIGHT_FILES = ("*.safetensors",)
 

@@ -27,7 +27,7 @@ from suite.recipe import Recipe
 from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes
 from suite.registry import load_plugin, origin
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
-from suite.specs import Budget, CalibrationSpec, Protocol, RunSpec, Track, digest_of
+from suite.specs import Budget, CalibrationSpec, HealingSpec, Protocol, RunSpec, Track
 
 STAGES = (
     *("plan", "load", "compress", "save"),
@@ -88,8 +88,14 @@ class Grid:
         protocol = Protocol.load(track.protocol)
         check_tasks(protocol)
         spec = CalibrationSpec.parse(track.calibration) if track.calibration else protocol.calibration
+        healing = HealingSpec.parse(track.healing) if track.healing else protocol.healing
         pairs = [(Recipe.parse(recipe), Budget.parse(budget)) for recipe, budget in track.pairs()]
         self.store.check_writable()
+        if healing is None and any("training" in recipe.needs for recipe, _ in pairs):
+            raise InputError(
+                f"protocol '{protocol.name}' names no healing text."
+                " Give one with --healing NAME:COUNTxLENGTH."
+            )
         self.cells: list[Cell] = []
         for model in track.models:
             source = load.resolve(model)
@@ -103,8 +109,9 @@ class Grid:
                         method_versions=(*recipe.versions, *self._plugins_of(recipe)),
                         budget=budget,
                         protocol=protocol,
-                        protocol_digest=digest_of(protocol.model_dump(mode="json")),
+                        protocol_digest=protocol.digest(),
                         calibration=spec,
+                        healing=healing if "training" in recipe.needs else None,
                         seed=seed,
                         device=options.device,
                         limit=track.limit,
@@ -236,6 +243,7 @@ class Grid:
         record.knobs = results["plan"].knobs(recipe)
         record.notes = results["plan"].notes(recipe)
         record.calibration_digest = results["calibration_digest"]
+        record.healing_digest = results["healing_digest"]
         record.conditions = results["conditions"]
         record.noise = results["noise"]
         record.seconds = results["seconds"]

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from suite.measure.ledger import Entry, ledger, total_disk, total_params
 from suite.measure.memory import peak_memory, resident_memory
 from suite.method import Method
 from suite.models import load
-from suite.models.anatomy import decoder_params, layout_of
+from suite.models.anatomy import decoder_params
+from suite.models.layouts import layout_of
 from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin
 from suite.run import audit
 from suite.run.environment import conditions
 from suite.run.noise import noise_floor
-from suite.seal import sealed
+from suite.seal import lifted, sealed
 from suite.specs import RunSpec
 
 PROBE_SHAPE = (2, 32)
@@ -98,8 +99,13 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         model = load.load_model(job.source, spec.device)
         tokenizer = load.load_tokenizer(job.source.location)
         sample = None
-        if "calibration" in recipe.needs:
+        if recipe.needs & {"calibration", "training"}:
             sample = calibration.draw(spec.calibration, tokenizer, spec.seed, job.data_folder)
+        if spec.healing is not None and sample is not None:
+            training = calibration.draw_training(
+                spec.healing, tokenizer, lambda: _teacher(job), spec.seed, job.data_folder
+            )
+            sample = replace(sample, training=replace(training, progress=report.progress))
     with report.stage("compress"), sealed(*scored_on), peak_memory(spec.device) as peak:
 
         def before(stage: Method[Any]) -> None:
@@ -119,6 +125,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         },
         "plan": plan,
         "calibration_digest": sample.digest if sample else None,
+        "healing_digest": sample.training.digest if sample and sample.training else None,
         "seconds": report.seconds,
     }
 
@@ -211,6 +218,11 @@ def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connec
         pipe.send(("error", f"{type(error).__name__}: {error}"))
     finally:
         pipe.close()
+
+
+def _teacher(job: Job) -> PreTrainedModel:
+    with lifted():  # a model from the hub asks whether its cached files are current
+        return load.load_model(job.source, job.spec.device).requires_grad_(False)
 
 
 def _probe_ids(vocab_size: int) -> Tensor:

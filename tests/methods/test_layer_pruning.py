@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from methods.layer_pruning import Pattern, chop
 from suite.conformance import tiny
 from suite.errors import InputError
-from suite.models.anatomy import anatomy_of, layout_of
+from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
 from suite.recipe import Recipe
 from suite.specs import Budget
 
@@ -96,7 +97,7 @@ def test_the_other_patterns_follow_the_general_formulas(blocks: int, data: st.Da
         assert after - before in (0, 1)
     both = chop("both", blocks, count)
     at_start = [index for index in both if index <= inner / 2]
-    assert both == tuple([*range(1, (count + 1) // 2 + 1), *range(blocks - 1 - count // 2, blocks - 1)])
+    assert both == (*range(1, (count + 1) // 2 + 1), *range(blocks - 1 - count // 2, blocks - 1))
     assert abs(len(at_start) - (count - len(at_start))) <= 1
 
 

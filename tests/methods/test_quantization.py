@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from suite.conformance import tiny
 from suite.layers import PackedEmbedding, PackedLinear, TiedHead
-from suite.models.anatomy import anatomy_of, layout_of
+from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
 
 
 def distance(family: str, recipe: str) -> float:

@@ -17,7 +17,8 @@ from suite import checkpoint
 from suite.conformance import tiny
 from suite.errors import InputError
 from suite.layers import ModuleSpec, PackedLinear, TiedHead
-from suite.models.anatomy import anatomy_of, layout_of
+from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
 
 CASES = [
     ("svd", "params=0.8"),
@@ -26,6 +27,8 @@ CASES = [
     ("rtn-int4(embedding=4)", "none"),
     ("rtn-int4(symmetric=false, embedding=8, group=20)", "none"),
     ("svd+rtn-int8", "bytes=0.27"),
+    ("slicegpt(width=40)", "none"),
+    ("slicegpt(layout=official,width=40)+rtn-int4(embedding=8)", "none"),
 ]
 
 

@@ -268,3 +268,10 @@ def test_a_replaced_module_takes_over_the_mode_of_the_old_one() -> None:
     replace(model, "0", LowRankLinear(4, 4, 1))
     assert isinstance(model[0], LowRankLinear)
     assert not model[0].training
+
+
+def test_a_spec_with_sequences_is_the_same_after_json() -> None:
+    spec = ModuleSpec(type="mpo_linear", arguments={"rows": (2, 3), "bias": False})
+    again = ModuleSpec.model_validate_json(spec.model_dump_json())
+    assert again == spec
+    assert hash(again) == hash(spec)

@@ -38,6 +38,8 @@ class Moving(TruncatedSvd):
 
 
 class Greedy(Moving):
+    """Gives out more ranks than it takes."""
+
     name = "greedy-ranks"
     extra = 3
 

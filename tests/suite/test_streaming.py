@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from suite.conformance import tiny
-from suite.models.anatomy import anatomy_of, layout_of
+from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
 from suite.streaming import second_moment, stream
 
 EVERY = [*tiny.FAMILIES, "mistral", "qwen3", "opt-350m-like"]
@@ -59,6 +60,20 @@ def test_a_changed_block_changes_what_comes_after_it() -> None:
         moments.append(found)
     for index in range(anatomy_of(model).n_blocks):
         assert torch.equal(moments[0][index], moments[1][index]) == (index <= 1)
+
+
+def test_a_body_may_compute_the_outputs_itself() -> None:
+    model = tiny.build("llama")
+    calls: list[int] = []
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    for block in stream(model, TOKENS):
+        if block.index == 1:
+            block.inputs[:] = [torch.zeros_like(hidden) for hidden in block.inputs]
+            block.advanced = True
+        elif block.index == 2:
+            assert not any(hidden.any() for hidden in block.inputs)
+    assert calls == [0, 2, 3]
 
 
 def test_the_model_is_left_as_it_was() -> None:

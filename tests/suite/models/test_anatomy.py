@@ -15,7 +15,11 @@ from transformers import GPT2Config, PreTrainedModel
 from suite.conformance import tiny
 from suite.errors import InputError
 from suite.layers import LowRankLinear, ModuleSpec, replace
-from suite.models.anatomy import LAYOUTS, Anatomy, anatomy_of, drop_blocks, layout_of
+from suite.models.anatomy import Anatomy, anatomy_of, drop_blocks
+from suite.models.layouts import LAYOUTS, layout_of
+from suite.recipe import Recipe
+from suite.specs import Budget
+from suite.streaming import stream
 
 EVERY = list(tiny.CONFIGS)
 LLAMA_ROLES = {"query", "key", "value", "output", "gate", "up", "down"}
@@ -31,6 +35,11 @@ RECIPES = [
     "rtn-int8",
     "rtn-int4(embedding=4, group=20, symmetric=false)",
     "layerchop(remove=1)+svd(share=0.6)+rtn-int8(embedding=8)",
+]
+SLICED = [
+    "slicegpt(width=40)",
+    "slicegpt(layout=official,width=40)+rtn-int4(embedding=8,group=20)",
+    "layerchop(remove=1)+slicegpt(layout=tie-preserving,width=32)+svd(share=0.5)",
 ]
 
 
@@ -155,6 +164,47 @@ def test_a_plan_predicts_the_anatomy_of_the_compressed_model(name: str, recipe: 
     model = tiny.build(name)
     plan = tiny.compress(model, recipe)
     assert by_path(plan.final) == by_path(anatomy_of(model))
+
+
+@pytest.mark.parametrize("recipe", SLICED)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_plan_predicts_the_anatomy_of_a_sliced_model(name: str, recipe: str) -> None:
+    model = tiny.build(name)
+    plan = tiny.compress(model, recipe)
+    assert by_path(plan.final) == by_path(anatomy_of(model))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_branches_added_to_the_stream_make_the_block(name: str) -> None:
+    """The layout's attention and MLP are those of the model's own block, where norms come first."""
+    model = tiny.build(name)
+    anatomy = anatomy_of(model)
+    assert anatomy.pre_norm == (name != "opt-350m-like")
+    if not anatomy.pre_norm:
+        return
+    block = next(stream(model, tiny.token_ids()))
+    hidden, arguments = block.inputs[0], block.arguments[0]
+    attended = anatomy.layout.attend(block.module, hidden, arguments)
+    between = hidden if anatomy.parallel else hidden + attended
+    found = hidden + attended + anatomy.layout.feed_forward(block.module, between)
+    torch.testing.assert_close(found, block.module(hidden, **arguments))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_kind_of_norm_is_read_off_the_model(name: str) -> None:
+    norms = anatomy_of(tiny.on_meta(name)).norms
+    layer_norm = name.startswith(("opt", "gpt"))
+    assert (norms.centred, norms.bias) == (layer_norm, layer_norm)
+    assert norms.eps == (1e-5 if layer_norm else 1e-6)
+
+
+def test_what_the_head_reads_is_known_also_once_it_is_replaced() -> None:
+    dense = tiny.anatomy("opt")
+    assert (dense.embedding_size, dense.head_size, dense.head_bias, dense.tied) == (48, 48, False, True)
+    plan = Recipe.parse("slicegpt(layout=official,width=30)").plan(dense, Budget(metric="none")).final
+    assert (plan.embedding_size, plan.head_size, plan.head_bias, plan.tied) == (30, 48, True, False)
+    packed = Recipe.parse("rtn-int4(embedding=4)").plan(dense, Budget(metric="none")).final
+    assert (packed.embedding_size, packed.head_size, packed.tied) == (48, 48, True)
 
 
 def test_factors_keep_the_role_and_block_of_the_linear_they_replace() -> None:

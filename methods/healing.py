@@ -1,0 +1,110 @@
+"""Recovery training after a structural stage: `layerchop+heal`, `tensor-network+heal+rtn-int4`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from suite.calibration import Calibration
+from suite.errors import InputError
+from suite.healing import Schedule, train
+from suite.losses import Objective
+from suite.method import Method, MethodConfig, Plan, Target, register
+from suite.models.anatomy import Anatomy
+
+
+class HealConfig(MethodConfig):
+    """Knobs of recovery training; the tokens, their order and the number of steps are the protocol's.
+
+    `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end. `distill`:
+    weight of the KL divergence to the dense model against cross-entropy; 0 is continued pretraining.
+    """
+
+    mode: Literal["full", "lora"] = "full"
+    distill: float = Field(default=0.0, ge=0, le=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    rank: int = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+
+
+LEARNING_RATES = {"full": 3e-4, "lora": 1e-3}
+
+
+@register
+class Heal(Method[HealConfig]):
+    """Train what the stages before left: AdamW on float32 master weights, cosine, next-token loss.
+
+    With `distill=0` and after `layerchop` this is the paper's continued pretraining, in small.
+    """
+
+    name = "heal"
+    family = "recovery training"
+    source = "Jha et al., Just CHOP (arXiv 2305.14864, section 3); LoRA: Hu et al. (arXiv 2106.09685)"
+    acts_on = frozenset()
+    needs = frozenset({"training"})
+    acts_on_parts = None
+    Config = HealConfig
+
+    def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
+        anatomy.dense_linears(self.name)
+        if self.config.mode == "lora":
+            _peft()
+        rate = self.config.learning_rate or LEARNING_RATES[self.config.mode]
+        return Plan(knobs={"mode": self.config.mode, "distill": self.config.distill, "learning_rate": rate})
+
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan:
+        assert calibration is not None
+        assert calibration.training is not None
+        objective = Objective(distill=self.config.distill)
+        schedule = Schedule(learning_rate=plan.knobs["learning_rate"], warmup=self.config.warmup)
+        if self.config.mode == "full":
+            notes = train(model, calibration.training, objective, schedule)
+        else:
+            adapters = add_adapters(model, self.config.rank, self.config.alpha)
+            notes = train(model, calibration.training, objective, schedule, adapters)
+            merge_adapters(model)
+        return plan.model_copy(update={"notes": notes})
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Put a LoRA adapter on every linear of the blocks; returns the adapters' parameters.
+
+    Raises:
+        InputError: peft is missing, or the model has no linears left.
+    """
+    peft = _peft()
+    head = model.get_output_embeddings()
+    linears = [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    if not linears:
+        raise InputError("heal(mode=lora): this model has no linears left to adapt. Use heal(mode=full).")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears)
+    peft.inject_adapter_in_model(config, model)
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Add every adapter to its weights and put the linears back."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(path, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("heal(mode=lora) needs peft: pip install 'weighin[lora]'.") from None
+    return peft

@@ -1,0 +1,203 @@
+"""Recovery training: the same tokens in the same order, and the same optimizer steps, for every method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from suite.calibration import Training
+from suite.losses import Objective, mean_loss
+from suite.models.load import cache_directory
+from suite.specs import Frozen, digest_of
+
+SECONDS_BETWEEN_STATES = 120.0
+EVALUATIONS = 8
+
+
+class Schedule(Frozen):
+    """AdamW with linear warm-up (a share of all steps) and a cosine down to zero."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step 0 … `steps` − 1."""
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def train(
+    model: PreTrainedModel,
+    training: Training,
+    objective: Objective,
+    schedule: Schedule,
+    parameters: Sequence[nn.Parameter] | None = None,
+) -> dict[str, Any]:
+    """Train `parameters` (by default all floating-point ones) of `model` in place; returns the loss curve.
+
+    Forward and backward run in the model's own dtype, steps are taken on float32 master weights. The
+    model stays in evaluation mode: without dropout a run is repeatable. A run that was cut off goes on
+    from its last saved state and ends in the same weights, bit for bit.
+    """
+    chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.is_floating_point()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    teacher = training.teacher() if objective.needs_teacher else None
+    run = _Run(model, chosen, training, objective, schedule)
+    batches = training.tokens.split(training.batch)
+    every = max(1, len(batches) // EVALUATIONS)
+    for step in range(run.step, len(batches)):
+        if step % every == 0:
+            run.held_out.append([step, _held_out_loss(model, training)])
+        run.rate(schedule.rate(step, len(batches)))
+        loss = batch_loss(model, teacher, batches[step], objective)
+        loss.backward()
+        run.update(float(loss.detach()), schedule.clip)
+        training.progress("training", step + 1, len(batches))
+    run.held_out.append([len(batches), _held_out_loss(model, training)])
+    run.forget()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    return {
+        "tokens": training.tokens.numel(),
+        "steps": len(batches),
+        "tokens_per_step": training.batch * training.tokens.shape[1],
+        "objective": objective.model_dump(),
+        "schedule": schedule.model_dump(),
+        "trained_parameters": sum(p.numel() for p in chosen),
+        "loss": [round(value, 4) for value in run.losses],
+        "held_out_cross_entropy": [[step, round(value, 4)] for step, value in run.held_out],
+    }
+
+
+def batch_loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, ids: Tensor, objective: Objective
+) -> Tensor:
+    """Mean loss of predicting tokens 1… of each row of `ids` (sequences × length)."""
+    ids = ids.to(model.device)
+    taught = None
+    if teacher is not None:
+        with torch.no_grad():
+            taught = (_hidden(teacher, ids), teacher.get_output_embeddings())
+    return mean_loss(
+        objective, (_hidden(model, ids), model.get_output_embeddings()), ids[:, 1:].flatten(), taught
+    )
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Final hidden states of all positions but the last, which predicts nothing (positions × width)."""
+    states: Tensor = model.base_model(ids, use_cache=False).last_hidden_state
+    return states[:, :-1].flatten(0, 1)
+
+
+@torch.no_grad()
+def _held_out_loss(model: PreTrainedModel, training: Training) -> float:
+    losses = [batch_loss(model, None, ids, Objective()) for ids in training.held_out.split(training.batch)]
+    return float(torch.stack(losses).mean())
+
+
+class _Run:
+    """Master weights, optimizer, loss curve, and their state on disk."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: Sequence[nn.Parameter],
+        training: Training,
+        objective: Objective,
+        schedule: Schedule,
+    ):
+        self.parameters = parameters
+        self.masters = [p.detach().float().clone().requires_grad_(True) for p in parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.masters, betas=(0.9, 0.95), weight_decay=schedule.weight_decay, foreach=False
+        )
+        self.step = 0
+        self.losses: list[float] = []
+        self.held_out: list[list[float]] = []
+        knobs = [training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
+        digest = digest_of([_digest(model.state_dict().values()), [p.shape for p in parameters], knobs])
+        self.file = cache_directory() / "healing" / f"{digest[:16]}.safetensors"
+        self.saved = time.monotonic()
+        if self.file.is_file():
+            self._load()
+
+    def rate(self, value: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def update(self, loss: float, clip: float) -> None:
+        """One optimizer step from the gradients of the model's parameters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(self.masters, clip)
+        self.optimizer.step()
+        self._copy_back()
+        self.losses.append(loss)
+        self.step += 1
+        if time.monotonic() - self.saved > SECONDS_BETWEEN_STATES:
+            self.save()
+
+    def save(self) -> None:
+        """Write the state; a reader sees the old one or the new one, never half of it."""
+        tensors = {f"master.{i}": master.detach() for i, master in enumerate(self.masters)}
+        for i, master in enumerate(self.masters):
+            for name, value in self.optimizer.state[master].items():
+                tensors[f"{name}.{i}"] = value
+        metadata = {"step": self.step, "losses": self.losses, "held_out": self.held_out}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, {"state": json.dumps(metadata)})
+        temporary.replace(self.file)
+        self.saved = time.monotonic()
+
+    def forget(self) -> None:
+        """Remove the state of a run that is complete."""
+        self.file.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        with safe_open(self.file, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            keys = set(file.keys())
+            for i, master in enumerate(self.masters):
+                with torch.no_grad():
+                    master.copy_(file.get_tensor(f"master.{i}"))
+                names = ("step", "exp_avg", "exp_avg_sq")
+                if f"step.{i}" in keys:
+                    self.optimizer.state[master] = {n: file.get_tensor(f"{n}.{i}") for n in names}
+        self.step, self.losses, self.held_out = state["step"], state["losses"], state["held_out"]
+        self._copy_back()
+
+    @torch.no_grad()
+    def _copy_back(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.copy_(master)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors' bytes."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,79 @@
+"""Healing as a stage: what it trains, what it leaves, and where in a recipe it may stand."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from suite.conformance import tiny
+from suite.errors import InputError
+from suite.measure.ledger import ledger, total_params
+from suite.models.anatomy import anatomy_of
+from suite.recipe import Recipe
+from suite.specs import Budget
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHIN_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("before", ["layerchop", "svd", "slicegpt"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_healing_moves_logits_and_no_shape(family: str, before: str, mode: str) -> None:
+    plain, healed = tiny.build(family), tiny.build(family)
+    tiny.compress(plain, before, "params=0.8")
+    plan = tiny.compress(healed, f"{before}+heal(mode={mode})", "params=0.8")
+    assert total_params(ledger(healed)) == total_params(ledger(plain)) == plan.final.params
+    assert plain.state_dict().keys() == healed.state_dict().keys()
+    assert not torch.equal(tiny.logits_of(plain), tiny.logits_of(healed))
+    assert all(parameter.requires_grad for parameter in healed.parameters())
+
+
+def test_adapters_train_only_the_linears() -> None:
+    model, before = tiny.build("llama"), tiny.build("llama")
+    plan = tiny.compress(model, "heal(mode=lora,rank=4)")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {f"{line.path}.weight" for line in anatomy_of(model).linears}
+    shapes = [(line.out_features, line.in_features) for line in anatomy_of(model).linears]
+    assert plan.stages[0].notes["trained_parameters"] == sum(4 * (m + n) for m, n in shapes)
+
+
+def test_the_dense_model_heals_towards_itself_by_nothing() -> None:
+    """The teacher's own weights are where the divergence is lowest."""
+    model = tiny.build("llama")
+    plan = tiny.compress(model, "heal(distill=1,learning_rate=1e-6)")
+    assert max(plan.stages[0].notes["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["svd+heal+rtn-int4", "layerchop+heal+rtn-int8"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt-neox"])
+def test_a_quantizer_after_healing_keeps_the_budget(family: str, recipe: str) -> None:
+    model = tiny.build(family)
+    target = 0.35 * anatomy_of(model).bytes
+    assert tiny.compress(model, recipe, "bytes=0.35").final.bytes <= target
+
+
+def test_a_quantizer_comes_after_healing() -> None:
+    with pytest.raises(InputError, match=r"'heal' needs dense weights.*Put the quantizer last: heal\+"):
+        Recipe.parse("rtn-int8+heal").plan(tiny.anatomy("llama"), Budget.parse("none"))
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_peft(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "peft":
+            raise ImportError
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(InputError, match=r"pip install 'weighin\[lora\]'"):
+        Recipe.parse("heal(mode=lora)").plan(tiny.anatomy("llama"), Budget.parse("none"))

@@ -1,0 +1,151 @@
+"""Recovery training: equal tokens, float32 master weights, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from suite import healing
+from suite.conformance import tiny
+from suite.healing import Schedule, batch_loss, train
+from suite.losses import Objective
+
+SCHEDULE = Schedule(learning_rate=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHIN_CACHE_DIR", str(tmp_path))
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run(model: PreTrainedModel, objective: Objective | None = None, **fields: Any) -> dict[str, Any]:
+    teacher = tiny.build("llama").requires_grad_(False)
+    training = replace(tiny.training_sample(lambda: teacher), **fields)
+    return train(model, training, objective or Objective(), SCHEDULE)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_without_a_teacher_the_loss_is_the_models_own(family: str) -> None:
+    model, ids = tiny.build(family), tiny.token_ids(3, 10)
+    torch.testing.assert_close(batch_loss(model, None, ids, Objective()), model(ids, labels=ids).loss)
+
+
+def test_a_model_taught_by_itself_has_no_divergence() -> None:
+    model, ids = tiny.build("llama"), tiny.token_ids(3, 10)
+    loss = batch_loss(model, tiny.build("llama"), ids, Objective(distill=1.0, hidden=1.0))
+    assert float(loss) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_training_lowers_the_loss_on_what_it_saw(family: str) -> None:
+    model = tiny.build(family)
+    tokens = tiny.token_ids(2, 16).repeat(20, 1)
+    before = float(batch_loss(model, None, tokens[:2], Objective()))
+    notes = run(model, tokens=tokens)
+    assert float(batch_loss(model, None, tokens[:2], Objective())) < before - 0.1
+    assert notes["loss"][0] == pytest.approx(before, abs=1e-3)
+
+
+def test_the_notes_tell_tokens_steps_and_the_curve() -> None:
+    notes = run(tiny.build("llama"))
+    assert (notes["tokens"], notes["steps"], notes["tokens_per_step"]) == (128, 4, 32)
+    assert len(notes["loss"]) == 4
+    assert [step for step, _ in notes["held_out_cross_entropy"]] == [0, 1, 2, 3, 4]
+
+
+def test_every_sequence_is_seen_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    real = healing.batch_loss
+
+    def spy(model: Any, teacher: Any, ids: torch.Tensor, objective: Objective) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(ids)
+        return real(model, teacher, ids, objective)
+
+    monkeypatch.setattr(healing, "batch_loss", spy)
+    run(tiny.build("llama"))
+    assert torch.equal(torch.cat(seen), tiny.training_sample(lambda: None).tokens)  # type: ignore[arg-type, return-value]
+
+
+def test_the_teacher_is_left_alone() -> None:
+    teacher = tiny.build("llama").requires_grad_(False)
+    before = weights(teacher)
+    training = tiny.training_sample(lambda: teacher)
+    train(tiny.build("llama", seed=1), training, Objective(distill=0.5), SCHEDULE)
+    assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_small_steps_are_not_lost_to_bfloat16() -> None:
+    """A step below half a unit in the last place must add up: the weights are kept in float32."""
+    moved = {}
+    for steps in (1, 24):
+        model = tiny.build("llama", dtype=torch.bfloat16)
+        before = weights(model)
+        teacher = tiny.build("llama")
+        training = replace(
+            tiny.training_sample(lambda t=teacher: t), tokens=tiny.token_ids(2, 16).repeat(steps, 1)
+        )
+        train(model, training, Objective(), Schedule(learning_rate=5e-5, warmup=0.0))
+        moved[steps] = sum(int((before[n] != p).sum()) for n, p in model.named_parameters())
+    assert moved[24] > 1.5 * moved[1]
+
+
+def test_a_run_that_was_cut_off_ends_in_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.build("llama", dtype=torch.bfloat16)
+    notes = run(whole)
+    monkeypatch.setattr(healing, "SECONDS_BETWEEN_STATES", 0.0)
+    real, calls = healing._Run.update, []
+
+    def dies(self: Any, loss: float, clip: float) -> None:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        real(self, loss, clip)
+
+    monkeypatch.setattr(healing._Run, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.build("llama", dtype=torch.bfloat16))
+    monkeypatch.setattr(healing._Run, "update", real)
+    steps: list[int] = []
+    resumed = tiny.build("llama", dtype=torch.bfloat16)
+    assert run(resumed, progress=lambda what, done, total: steps.append(done)) == notes
+    assert steps == [4]
+    assert all(torch.equal(weights(whole)[name], p) for name, p in weights(resumed).items())
+    assert not list((healing.cache_directory() / "healing").glob("*"))
+
+
+def test_other_weights_do_not_pick_up_a_strangers_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healing, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(healing._Run, "forget", lambda self: None)
+    run(tiny.build("llama"))
+    steps: list[int] = []
+    run(tiny.build("llama", seed=1), progress=lambda what, done, total: steps.append(done))
+    assert steps == [1, 2, 3, 4]
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    schedule = Schedule(learning_rate=1.0, warmup=0.1)
+    rates = [schedule.rate(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_cross_entropy_of_a_batch_is_torchs() -> None:
+    model, ids = tiny.build("opt"), tiny.token_ids(2, 9)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        expected = functional.cross_entropy(logits, ids[:, 1:].flatten())
+    torch.testing.assert_close(batch_loss(model, None, ids, Objective()).detach(), expected)

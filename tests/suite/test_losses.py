@@ -1,0 +1,102 @@
+"""Losses of healing and distillation, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from suite.losses import Objective, divergence, mean_loss, token_losses
+
+
+def logits(seed: int, positions: int = 7, vocabulary: int = 11) -> Tensor:
+    return 3 * torch.randn(positions, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_two_directions_on_a_known_example() -> None:
+    """Guards the argument order: KL(p‖q) and KL(q‖p) of p = (.9, .1) and q = (.5, .5) in nats."""
+    p, q = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
+    assert float(divergence(p, q, "forward")) == pytest.approx(0.3681, abs=1e-4)
+    assert float(divergence(p, q, "reverse")) == pytest.approx(0.5108, abs=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_divergence_is_never_negative(direction: str, seed: int, temperature: float) -> None:
+    assert (divergence(logits(seed), logits(seed + 1), direction, temperature) >= -1e-6).all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(direction: str) -> None:
+    student = logits(0).requires_grad_(True)
+    loss = divergence(logits(0), student, direction).sum()
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None
+    assert float(student.grad.norm()) < 1e-5
+
+
+def test_the_temperature_is_made_up_for() -> None:
+    """Hinton et al. (arXiv 1503.02531, section 2): τ² keeps the gradient's size as τ grows."""
+    norms = []
+    for temperature in (50.0, 100.0):
+        student = logits(1).requires_grad_(True)
+        divergence(logits(0), student, temperature=temperature).sum().backward()
+        assert student.grad is not None
+        norms.append(float(student.grad.norm()))
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_mixture_is_linear_in_its_weight(weight: float) -> None:
+    targets = torch.arange(7) % 11
+    ends = [token_losses(Objective(distill=w), logits(0), targets, logits(1)) for w in (0.0, 1.0)]
+    mixed = token_losses(Objective(distill=weight), logits(0), targets, logits(1))
+    torch.testing.assert_close(mixed, (1 - weight) * ends[0] + weight * ends[1])
+
+
+class Pair:
+    """Hidden states and heads of a student and a teacher."""
+
+    def __init__(self, positions: int = 23, width: int = 6, vocabulary: int = 11):
+        torch.manual_seed(0)
+        self.head, self.teachers = nn.Linear(width, vocabulary), nn.Linear(width, vocabulary)
+        self.hidden = torch.randn(positions, width, requires_grad=True)
+        self.taught = torch.randn(positions, width)
+        self.targets = torch.randint(vocabulary, (positions,))
+
+    def loss(self, objective: Objective, mask: Tensor | None = None, chunk: int = 512) -> Tensor:
+        teacher = (self.taught, self.teachers)
+        return mean_loss(objective, (self.hidden, self.head), self.targets, teacher, mask, chunk)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(distill=0.5), Objective(distill=1, hidden=2.0)])
+def test_chunks_change_neither_loss_nor_gradient(objective: Objective) -> None:
+    found = []
+    for chunk in (512, 5):
+        pair = Pair()
+        loss = pair.loss(objective, chunk=chunk)
+        loss.backward()
+        found.append((loss.detach(), pair.hidden.grad, pair.head.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_masked_positions_have_no_say() -> None:
+    pair, mask = Pair(), torch.arange(23) % 3 > 0
+    objective = Objective(distill=0.5, hidden=1.0)
+    before = pair.loss(objective, mask)
+    with torch.no_grad():
+        pair.hidden[~mask] += 7
+        pair.taught[~mask] -= 7
+    pair.targets[~mask] = 0
+    torch.testing.assert_close(pair.loss(objective, mask), before)
+
+
+def test_equal_hidden_states_cost_nothing() -> None:
+    pair = Pair()
+    pair.taught = pair.hidden.detach() * 3
+    plain, with_hidden = pair.loss(Objective()), pair.loss(Objective(hidden=5.0))
+    torch.testing.assert_close(plain, with_hidden)
