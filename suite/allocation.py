@@ -6,9 +6,9 @@ parameters and squared error, say. Nothing here knows what a setting is.
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from suite.errors import ImpossibleBudget
@@ -38,20 +38,29 @@ def spread(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, in
     left = budget - sum(offers[name][index].cost for name, index in chosen.items())
     if left < 0:
         raise ImpossibleBudget(budget - left)
-    steps = []
-    for name, hull in hulls.items():
-        for before, after in itertools.pairwise(hull):
-            here, there = offers[name][before], offers[name][after]
-            saved = (here.loss - there.loss) / (there.cost - here.cost)
-            steps.append((-saved, name, there.cost - here.cost, after))
-    closed = set()
-    for _, name, cost, after in sorted(steps):
+    # One step of each matrix waits at a time: equal slopes differ by rounding and must not overtake.
+    waiting = [step for name in hulls if (step := _step(offers[name], name, hulls[name], 0))]
+    heapify(waiting)
+    while waiting:
+        _, name, cost, position = heappop(waiting)
         if cost > left:
-            closed.add(name)
-        if name not in closed:
-            chosen[name], left = after, left - cost
+            continue
+        chosen[name], left = hulls[name][position], left - cost
+        if step := _step(offers[name], name, hulls[name], position):
+            heappush(waiting, step)
     _spend_rest(offers, chosen, left)
     return chosen
+
+
+def _step(
+    settings: Sequence[Setting], name: str, hull: Sequence[int], position: int
+) -> tuple[float, str, int, int] | None:
+    """From a corner of a hull to the next: loss saved per cost (negated), name, cost, and where it leads."""
+    if position + 1 == len(hull):
+        return None
+    here, there = settings[hull[position]], settings[hull[position + 1]]
+    cost = there.cost - here.cost
+    return -(here.loss - there.loss) / cost, name, cost, position + 1
 
 
 def lower_hull(settings: Sequence[Setting]) -> list[int]:
