@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from suite.errors import ImpossibleBudget
@@ -39,28 +39,45 @@ def spread(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, in
     if left < 0:
         raise ImpossibleBudget(budget - left)
     # One step of each matrix waits at a time: equal slopes differ by rounding and must not overtake.
-    waiting = [step for name in hulls if (step := _step(offers[name], name, hulls[name], 0))]
-    heapify(waiting)
+    waiting: list[_Step] = []
+    for name in hulls:
+        _put(waiting, _step(name, offers[name], hulls[name], chosen[name], left))
     while waiting:
-        _, name, cost, position = heappop(waiting)
-        if cost > left:
-            continue
-        chosen[name], left = hulls[name][position], left - cost
-        if step := _step(offers[name], name, hulls[name], position):
-            heappush(waiting, step)
-    _spend_rest(offers, chosen, left)
+        step = heappop(waiting)
+        name, settings = step.name, offers[step.name]
+        if settings[step.to].cost - settings[chosen[name]].cost <= left:
+            left -= settings[step.to].cost - settings[chosen[name]].cost
+            chosen[name] = step.to
+        _put(waiting, _step(name, settings, hulls[name], chosen[name], left))
     return chosen
 
 
-def _step(
-    settings: Sequence[Setting], name: str, hull: Sequence[int], position: int
-) -> tuple[float, str, int, int] | None:
-    """From a corner of a hull to the next: loss saved per cost (negated), name, cost, and where it leads."""
-    if position + 1 == len(hull):
-        return None
-    here, there = settings[hull[position]], settings[hull[position + 1]]
-    cost = there.cost - here.cost
-    return -(here.loss - there.loss) / cost, name, cost, position + 1
+class _Step(NamedTuple):
+    gain: float
+    """Minus the loss saved per cost, so that the best step comes first."""
+    cost: int
+    name: str
+    to: int
+
+
+def _put(waiting: list[_Step], step: _Step | None) -> None:
+    if step is not None:
+        heappush(waiting, step)
+
+
+def _step(name: str, settings: Sequence[Setting], hull: Sequence[int], here: int, left: int) -> _Step | None:
+    """The next corner of the hull; where that is too dear, the steepest of all steps that fit."""
+    now = settings[here]
+
+    def step(to: int) -> _Step:
+        there = settings[to]
+        return _Step((there.loss - now.loss) / (there.cost - now.cost), there.cost, name, to)
+
+    corner = next((index for index in hull if settings[index].cost > now.cost), None)
+    if corner is not None and settings[corner].cost <= now.cost + left:
+        return step(corner)
+    within = (i for i, s in enumerate(settings) if now.cost < s.cost <= now.cost + left and s.loss < now.loss)
+    return min(map(step, within), default=None)
 
 
 def lower_hull(settings: Sequence[Setting]) -> list[int]:
@@ -80,24 +97,6 @@ def _turns_up(first: Setting, middle: Setting, last: Setting) -> bool:
     """Whether the loss falls more steeply before `middle` than after it."""
     before = (middle.loss - first.loss) * (last.cost - middle.cost)
     return before < (last.loss - middle.loss) * (middle.cost - first.cost)
-
-
-def _spend_rest(offers: Mapping[str, Sequence[Setting]], chosen: dict[str, int], left: int) -> None:
-    """Move single matrices to a better setting while one fits, most loss saved per cost first."""
-    while True:
-        best: tuple[float, str, int] | None = None
-        for name, index in chosen.items():
-            here = offers[name][index]
-            for other, there in enumerate(offers[name]):
-                if here.cost < there.cost <= here.cost + left and there.loss < here.loss:
-                    saved = (here.loss - there.loss) / (there.cost - here.cost)
-                    if best is None or saved > best[0]:
-                        best = (saved, name, other)
-        if best is None:
-            return
-        _, name, other = best
-        left -= offers[name][other].cost - offers[name][chosen[name]].cost
-        chosen[name] = other
 
 
 def low_rank_settings(

@@ -9,10 +9,12 @@ import pytest
 
 from suite.layers import module_types
 from suite.method import methods
+from suite.registry import load_entry_points
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registries_left_as_they_were() -> Iterator[None]:
+    load_entry_points()
     before = [(registry, dict(registry._items)) for registry in (methods, module_types)]
     yield
     for registry, items in before:

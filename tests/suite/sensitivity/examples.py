@@ -58,7 +58,7 @@ def rising_with_depth(
     """Blocks that suffer less (or, for a positive slope, more) the deeper they lie."""
     parts = parts_of(anatomy, by)
     increases = {
-        strength: {part.name: (1 - strength) * (0.1 + slope * (part.block or 0)) for part in parts}
+        strength: {part.name: (1 - strength) ** 2 * (0.1 + slope * (part.block or 0)) for part in parts}
         for strength in (0.75, 0.5, 0.25)
     }
     return parts, made_up(parts, increases, by=by)

@@ -64,13 +64,16 @@ def test_no_exchange_between_two_blocks_predicts_less(sensitivities: list[float]
     for a, first in enumerate(sensitivities):
         for b, second in enumerate(sensitivities):
             if first > second * 1.001:
-                assert kept[a] >= kept[b] - 0.01
+                assert kept[a] >= kept[b] - 0.05
 
 
 def test_a_block_that_bears_nothing_stays_dense_and_the_others_pay() -> None:
     anatomy = tiny.anatomy("llama")
     parts = parts_of(anatomy, "block")
-    increases = {s: {part.name: 10.0 if part.block == 0 else 0.01 for part in parts} for s in STRENGTHS}
+    increases = {
+        s: {part.name: (1 - s) ** 2 * (10.0 if part.block == 0 else 0.01) for part in parts}
+        for s in STRENGTHS
+    }
     allocation = allocate(examples.made_up(parts, increases), parts, anatomy, budget(0.8))
     shares = {part.name: {allocation.linears[path].share for path in part.paths} for part in parts}
     assert shares["block 0"] == {1.0}

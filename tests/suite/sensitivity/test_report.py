@@ -81,7 +81,7 @@ def test_the_tables_show_every_point_and_a_dash_where_there_is_none() -> None:
     (table,) = report.tables(profile, parts, [0.75, 0.1])
     shown = text_of(table)
     assert "keeps 0.75" in shown
-    assert "+0.0250" in shown
+    assert "+0.0056" in shown
     assert "–" in shown
     linears, profile = examples.rising_with_depth(DEEP, "linear")
     by_linear = report.tables(profile, linears, [0.75, 0.5])
