@@ -28,7 +28,7 @@ class LayerChop(Method[LayerChopConfig]):
     """Remove k blocks at once in a fixed pattern; the first and the last block always stay.
 
     Patterns (0-based, over L blocks): `input` 1..k, `output` L−1−k..L−2, `middle` centred, `both`
-    half at each end, `max-gap` evenly spread. Without the paper's continued pretraining.
+    half at each end, `max-gap` evenly spread. The paper's continued pretraining is the stage `heal`.
     """
 
     name = "layerchop"

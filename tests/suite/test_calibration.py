@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from suite import data
-from suite.calibration import draw, token_ids, tokens_digest
+from suite.calibration import HELD_OUT_SEQUENCES, draw, draw_training, token_ids, tokens_digest
 from suite.errors import InputError
-from suite.specs import CalibrationSpec
+from suite.specs import CalibrationSpec, HealingSpec
 
 SPEC = CalibrationSpec(source="toy", count=5, length=16)
 
@@ -81,3 +81,24 @@ def test_the_text_that_ships_with_python_fills_the_embedded_protocol(
 ) -> None:
     sample = draw(CalibrationSpec(source="pydoc", count=64, length=512), tokenizer)
     assert sample.tokens.shape == (64, 512)
+
+
+def test_training_text_is_another_draw_of_the_same_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = HealingSpec(source="toy", count=5, length=16, batch=2)
+    training = draw_training(spec, tokenizer, lambda: pytest.fail("the teacher is loaded when asked for"))
+    assert training.tokens.shape == (5, 16)
+    assert training.held_out.shape == (HELD_OUT_SEQUENCES, 16)
+    every = [tuple(row) for row in torch.cat([training.tokens, training.held_out]).tolist()]
+    assert len(set(every)) == len(every)
+    assert not torch.equal(training.tokens, draw(SPEC, tokenizer).tokens)
+    again = draw_training(spec, tokenizer, training.teacher)
+    assert torch.equal(again.tokens, training.tokens)
+    assert again.digest == training.digest == tokens_digest(torch.cat([training.tokens, training.held_out]))
+
+
+def test_training_text_that_is_too_short_says_what_there_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = HealingSpec(source="toy", count=22, length=16)
+    with pytest.raises(
+        InputError, match=r"holds only 25 sequences .* 26 are needed\. Ask for at most toy:21x16"
+    ):
+        draw_training(spec, tokenizer, lambda: pytest.fail("no teacher is needed"))

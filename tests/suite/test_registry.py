@@ -56,7 +56,7 @@ def test_every_method_names_its_family_its_source_and_what_it_acts_on() -> None:
         assert cls.family
         assert cls.source
         assert cls.acts_on <= {"params", "bytes"}
-        assert cls.needs <= {"calibration", "cuda"}
+        assert cls.needs <= {"calibration", "training", "cuda"}
         assert cls.__doc__
 
 

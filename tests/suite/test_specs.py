@@ -17,6 +17,7 @@ from suite.recipe import Recipe
 from suite.specs import (
     Budget,
     CalibrationSpec,
+    HealingSpec,
     PerplexitySpec,
     Protocol,
     RunSpec,
@@ -129,6 +130,7 @@ OTHER: dict[str, Any] = {
     "protocol": PROTOCOL.model_copy(update={"tokens_per_batch": 7}),
     "protocol_digest": "deg",
     "calibration": CalibrationSpec(source="pydoc", count=3, length=8),
+    "healing": HealingSpec(source="pydoc", count=3, length=8),
     "seed": 1,
     "device": "cuda",
     "limit": 5,
@@ -151,6 +153,21 @@ def test_the_digest_of_a_cell_is_the_same_in_every_session() -> None:
 @pytest.mark.parametrize("field", list(RunSpec.model_fields))
 def test_the_digest_of_a_cell_changes_with_each_field(field: str) -> None:
     assert SPEC.model_copy(update={field: OTHER[field]}).digest() != SPEC.digest()
+
+
+def test_the_healing_text_of_a_protocol_is_no_part_of_cells_that_do_not_train() -> None:
+    """What a protocol would train on leaves one-shot cells, and the tables they share, as they are."""
+    text = HealingSpec(source="pydoc", count=4, length=8)
+    other = PROTOCOL.model_copy(update={"healing": text})
+    assert other.digest() == PROTOCOL.digest()
+    assert SPEC.model_copy(update={"protocol": other}).digest() == SPEC.digest()
+    healed = [SPEC.model_copy(update={"healing": t}) for t in (text, text.model_copy(update={"batch": 4}))]
+    assert healed[0].digest() != healed[1].digest() != SPEC.digest()
+
+
+def test_healing_text_is_read_as_calibration_text_is() -> None:
+    parsed = HealingSpec.parse("c4:128x512")
+    assert (parsed.source, parsed.tokens, str(parsed)) == ("c4", 65536, "c4:128x512")
 
 
 def test_a_specification_is_frozen_and_knows_no_other_fields() -> None:

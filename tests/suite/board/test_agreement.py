@@ -10,7 +10,7 @@ from suite.board.agreement import agreements
 
 
 def row(protocol: str, recipe: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
-    plain = {"model": "m", "budget": "params=0.8", "seed": 0}
+    plain = {"model": "m", "budget": "params=0.8", "seed": 0, "healing_tokens": 0}
     return plain | {"protocol": protocol, "recipe": recipe, "accuracy": accuracy} | fields
 
 

@@ -10,6 +10,7 @@ from suite.board import page, tables
 from suite.board.standings import standings
 from suite.errors import InputError
 from suite.records import Noise, Record, RecordStore
+from suite.specs import HealingSpec
 from tests.suite import examples
 
 NOISE = Noise(
@@ -117,3 +118,15 @@ def test_the_same_records_give_the_same_board_byte_for_byte(store: RecordStore) 
     records = store.all()
     texts = {tables.as_json(records, standings(records, store)) for _ in range(3)}
     assert len(texts) == 1
+
+
+def test_trained_rows_are_ranked_apart_and_have_a_table_of_their_own(store: RecordStore) -> None:
+    healing = HealingSpec(source="pydoc", count=128, length=512)
+    save(store, examples.finished("svd+heal", healing=healing), np.ones(200))
+    save(store, examples.finished("layerchop+heal", healing=healing), np.zeros(200))
+    found = {table.title.rpartition("params=0.8")[2]: table for table in tables.tables(store.all())}
+    trained = found[" · trained on 65,536 tokens of pydoc"]
+    assert {r["recipe"] for r in trained.rows} == {"dense", "svd+heal", "layerchop+heal"}
+    assert not any("heal" in r["recipe"] for r in found[""].rows)
+    assert row(store, "svd+heal")["rank"] == (1, 1)
+    assert row(store, "svd")["rank"] == (1, 2)
