@@ -9,24 +9,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
-from suite.errors import InputError
+from suite.errors import InputError, MissingExtra
 from suite.healing import Schedule, train
 from suite.losses import Objective
 from suite.method import Method, MethodConfig, Plan, Target, register
-from suite.models.anatomy import Anatomy
+from suite.models.anatomy import Anatomy, layout_of
 
 
 class HealConfig(MethodConfig):
     """Knobs of recovery training; the tokens, their order and the number of steps are the protocol's.
 
-    `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end. `distill`:
+    `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end; what stands in
+    a linear's place and holds no linear, such as a tensor network, is then trained as it is. `distill`:
     weight of the KL divergence to the dense model against cross-entropy; 0 is continued pretraining.
+    `learning_rate` is the peak, reached after the share `warmup` of all steps.
     """
 
     mode: Literal["full", "lora"] = "full"
     distill: float = Field(default=0.0, ge=0, le=1)
     learning_rate: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     rank: int = Field(default=32, gt=0)
     alpha: float = Field(default=32.0, gt=0)
 
@@ -60,7 +63,11 @@ class Heal(Method[HealConfig]):
         assert calibration is not None
         assert calibration.training is not None
         objective = Objective(distill=self.config.distill)
-        schedule = Schedule(learning_rate=plan.knobs["learning_rate"], warmup=self.config.warmup)
+        schedule = Schedule(
+            learning_rate=plan.knobs["learning_rate"],
+            warmup=self.config.warmup,
+            weight_decay=self.config.weight_decay,
+        )
         if self.config.mode == "full":
             notes = train(model, calibration.training, objective, schedule)
         else:
@@ -71,21 +78,27 @@ class Heal(Method[HealConfig]):
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> list[nn.Parameter]:
-    """Put a LoRA adapter on every linear of the blocks; returns the adapters' parameters.
+    """Put a LoRA adapter on every linear of the blocks; returns what is to be trained.
+
+    That is the adapters' parameters, and those of modules that took a linear's place and hold no linear.
 
     Raises:
-        InputError: peft is missing, or the model has no linears left.
+        InputError: peft is missing, or nothing in the blocks can be adapted.
     """
     peft = _peft()
-    head = model.get_output_embeddings()
+    layout = layout_of(model.config)
+    blocks = model.get_submodule(layout.blocks)
     linears = [
-        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        f"{layout.blocks}.{path}" for path, module in blocks.named_modules() if isinstance(module, nn.Linear)
     ]
     if not linears:
         raise InputError("heal(mode=lora): this model has no linears left to adapt. Use heal(mode=full).")
+    places = [block.get_submodule(path) for block in blocks.children() for path in layout.roles]
+    foreign = [place for place in places if not any(isinstance(m, nn.Linear) for m in place.modules())]
+    trained = [parameter for place in foreign for parameter in place.parameters()]
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears)
     peft.inject_adapter_in_model(config, model)
-    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    return trained + [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
@@ -106,5 +119,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("heal(mode=lora) needs peft: pip install 'weighin[lora]'.") from None
+        raise MissingExtra("heal(mode=lora)", "lora") from None
     return peft

@@ -43,14 +43,22 @@ def text(source: str, folder: Path | None = None) -> str:
         InputError: unknown name, or neither the data directory nor the hub has it.
         seal.Trespass: a method asks for a text that it will be scored on.
     """
-    loader = TEXTS.get(source)
-    if loader is None:
+    check_text(source)
+    seal.refuse_text(source)
+    with seal.lifted():
+        return TEXTS[source](folder)
+
+
+def check_text(source: str) -> None:
+    """Refuse a text that does not exist.
+
+    Raises:
+        InputError: with the names there are.
+    """
+    if source not in TEXTS:
         raise InputError(
             f"no text is called '{source}'.{nearest(source, TEXTS)}  (There are: {', '.join(TEXTS)}.)"
         )
-    seal.refuse_text(source)
-    with seal.lifted():
-        return loader(folder)
 
 
 def _pydoc(part: str) -> str:

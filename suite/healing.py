@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,11 +24,17 @@ from suite.models.load import cache_directory
 from suite.specs import Frozen, digest_of
 
 SECONDS_BETWEEN_STATES = 120.0
+SAVING_SHARE = 0.05
 EVALUATIONS = 8
+CURVE_POINTS = 512
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Schedule(Frozen):
-    """AdamW with linear warm-up (a share of all steps) and a cosine down to zero."""
+    """AdamW with linear warm-up (a share of all steps) and a cosine down to zero.
+
+    `weight_decay` acts on matrices alone, `clip` bounds the norm of all gradients together.
+    """
 
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -84,9 +91,15 @@ def train(
         "objective": objective.model_dump(),
         "schedule": schedule.model_dump(),
         "trained_parameters": sum(p.numel() for p in chosen),
-        "loss": [round(value, 4) for value in run.losses],
+        "loss": curve(run.losses),
         "held_out_cross_entropy": [[step, round(value, 4)] for step, value in run.held_out],
     }
+
+
+def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[float]:
+    """A loss per step, or means over runs of equally many steps where there are more than `points`."""
+    run = math.ceil(len(losses) / points)
+    return [round(fmean(losses[start : start + run]), 4) for start in range(0, len(losses), run or 1)]
 
 
 def batch_loss(
@@ -127,17 +140,21 @@ class _Run:
         schedule: Schedule,
     ):
         self.parameters = parameters
-        self.masters = [p.detach().float().clone().requires_grad_(True) for p in parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.masters, betas=(0.9, 0.95), weight_decay=schedule.weight_decay, foreach=False
-        )
+        self.masters = [_wide(p.detach()).clone().requires_grad_(True) for p in parameters]
+        matrices = [master for master in self.masters if master.ndim > 1]
+        vectors = [master for master in self.masters if master.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": schedule.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
         self.step = 0
         self.losses: list[float] = []
         self.held_out: list[list[float]] = []
-        knobs = [training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
+        knobs = [torch.__version__, training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
         digest = digest_of([_digest(model.state_dict().values()), [p.shape for p in parameters], knobs])
         self.file = cache_directory() / "healing" / f"{digest[:16]}.safetensors"
-        self.saved = time.monotonic()
+        self.pause, self.saved = SECONDS_BETWEEN_STATES, time.monotonic()
         if self.file.is_file():
             self._load()
 
@@ -149,14 +166,15 @@ class _Run:
     def update(self, loss: float, clip: float) -> None:
         """One optimizer step from the gradients of the model's parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            master.grad = None if parameter.grad is None else _wide(parameter.grad)
             parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters, clip)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self._copy_back()
         self.losses.append(loss)
         self.step += 1
-        if time.monotonic() - self.saved > SECONDS_BETWEEN_STATES:
+        if time.monotonic() - self.saved >= self.pause:
             self.save()
 
     def save(self) -> None:
@@ -165,12 +183,15 @@ class _Run:
         for i, master in enumerate(self.masters):
             for name, value in self.optimizer.state[master].items():
                 tensors[f"{name}.{i}"] = value
+        start = time.monotonic()
         metadata = {"step": self.step, "losses": self.losses, "held_out": self.held_out}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary, {"state": json.dumps(metadata)})
         temporary.replace(self.file)
         self.saved = time.monotonic()
+        # A large model's state takes long to write: it may cost a small share of the time only.
+        self.pause = max(SECONDS_BETWEEN_STATES, (self.saved - start) / SAVING_SHARE)
 
     def forget(self) -> None:
         """Remove the state of a run that is complete."""
@@ -183,9 +204,9 @@ class _Run:
             for i, master in enumerate(self.masters):
                 with torch.no_grad():
                     master.copy_(file.get_tensor(f"master.{i}"))
-                names = ("step", "exp_avg", "exp_avg_sq")
                 if f"step.{i}" in keys:
-                    self.optimizer.state[master] = {n: file.get_tensor(f"{n}.{i}") for n in names}
+                    moments = {n: file.get_tensor(f"{n}.{i}").to(master.device) for n in _MOMENTS}
+                    self.optimizer.state[master] = {"step": file.get_tensor(f"step.{i}"), **moments}
         self.step, self.losses, self.held_out = state["step"], state["losses"], state["held_out"]
         self._copy_back()
 
@@ -193,6 +214,11 @@ class _Run:
     def _copy_back(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

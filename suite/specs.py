@@ -100,6 +100,19 @@ class HealingSpec(CalibrationSpec):
 
     batch: int = Field(default=2, gt=0)
 
+    @classmethod
+    def parse(cls, text: str, batch: int = 2) -> Self:
+        """Read `NAME:COUNTxLENGTH/BATCH`, for example `wikitext2:128x512/4`; /BATCH may be left out."""
+        sample, slash, given = text.partition("/")
+        if slash and not (given.strip().isdecimal() and int(given)):
+            raise InputError(
+                f"'{text}' is not a training text. Use NAME:COUNTxLENGTH/BATCH, e.g. wikitext2:128x512/4."
+            )
+        return super().parse(sample).model_copy(update={"batch": int(given) if slash else batch})
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}/{self.batch}"
+
     @property
     def tokens(self) -> int:
         """Tokens trained on."""

@@ -27,11 +27,9 @@ def contest(record: Record) -> str:
     """Within equal conditions, the rows that are ranked together: equal budget, equal healing."""
     spec = record.spec
     label = "unbudgeted" if spec.budget.metric == "none" else str(spec.budget)
-    return (
-        f"{label} · trained on {spec.healing.tokens:,} tokens of {spec.healing.source}"
-        if spec.healing
-        else label
-    )
+    if spec.healing is None:
+        return label
+    return f"{label} · trained on {spec.healing.tokens:,} tokens ({spec.healing})"
 
 
 Standings = Mapping[str, Standing]

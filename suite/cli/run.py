@@ -43,7 +43,7 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Seed. Repeatable.")] = None,
     calibration: Annotated[str | None, typer.Option(help="NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")] = None,
     healing: Annotated[
-        str | None, typer.Option(help="Training text of healed recipes: NAME:COUNTxLENGTH.")
+        str | None, typer.Option(help="What recipes that train are trained on: NAME:COUNTxLENGTH/BATCH.")
     ] = None,
     results: Results = DEFAULT_RESULTS,
     data_dir: DataDir = None,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from suite import data
 from suite.errors import ImpossibleBudget, InputError, NotApplicable
 from suite.evaluate.harness import check_tasks
 from suite.models import load
@@ -88,14 +89,11 @@ class Grid:
         protocol = Protocol.load(track.protocol)
         check_tasks(protocol)
         spec = CalibrationSpec.parse(track.calibration) if track.calibration else protocol.calibration
-        healing = HealingSpec.parse(track.healing) if track.healing else protocol.healing
+        data.check_text(spec.source)
         pairs = [(Recipe.parse(recipe), Budget.parse(budget)) for recipe, budget in track.pairs()]
+        trained = any("training" in recipe.needs for recipe, _ in pairs)
+        healing = training_text(track.healing, protocol) if trained else None
         self.store.check_writable()
-        if healing is None and any("training" in recipe.needs for recipe, _ in pairs):
-            raise InputError(
-                f"protocol '{protocol.name}' names no healing text."
-                " Give one with --healing NAME:COUNTxLENGTH."
-            )
         self.cells: list[Cell] = []
         for model in track.models:
             source = load.resolve(model)
@@ -283,6 +281,24 @@ def process_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["suite.run.preload"])
     return context
+
+
+def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
+    """The text that healed and distilled cells are trained on: the protocol's unless another is given.
+
+    Raises:
+        InputError: there is none, it does not exist, or models are scored on it.
+    """
+    spec = protocol.healing
+    if given is not None:
+        spec = HealingSpec.parse(given, spec.batch) if spec else HealingSpec.parse(given)
+    form = "Give one with --healing NAME:COUNTxLENGTH."
+    if spec is None:
+        raise InputError(f"protocol '{protocol.name}' names no text to train on. {form}")
+    data.check_text(spec.source)
+    if spec.source in {*data.HELD_OUT, protocol.perplexity.source}:
+        raise InputError(f"'{spec.source}' is what models are scored on, so none is trained on it. {form}")
+    return spec
 
 
 def check_device(device: str) -> None:
