@@ -61,7 +61,11 @@ class Distill(Method[DistillConfig]):
     Config = DistillConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        anatomy.dense_linears(self.name)
+        if len(anatomy.dense_linears(self.name)) != len(anatomy.layout.roles) * anatomy.n_blocks:
+            raise InputError(
+                f"'{self.name}' copies whole linears, but an earlier stage factorised them."
+                f" Put {self.name} first: {self.name}+..."
+            )
         most = max(anatomy.n_blocks - 2, 0)
         if self.config.remove is not None and self.config.remove > most:
             raise InputError(

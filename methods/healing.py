@@ -13,7 +13,8 @@ from suite.errors import InputError, MissingExtra
 from suite.healing import Schedule, train
 from suite.losses import Objective
 from suite.method import Method, MethodConfig, Plan, Target, register
-from suite.models.anatomy import Anatomy, layout_of
+from suite.models.anatomy import Anatomy
+from suite.models.layouts import layout_of
 
 
 class HealConfig(MethodConfig):

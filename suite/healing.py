@@ -151,8 +151,9 @@ class _Run:
         self.step = 0
         self.losses: list[float] = []
         self.held_out: list[list[float]] = []
-        knobs = [torch.__version__, training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
-        digest = digest_of([_digest(model.state_dict().values()), [p.shape for p in parameters], knobs])
+        start = [_digest(model.state_dict().values()), [p.shape for p in parameters], torch.__version__]
+        knobs = [training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
+        digest = digest_of([start, knobs])
         self.file = cache_directory() / "healing" / f"{digest[:16]}.safetensors"
         self.pause, self.saved = SECONDS_BETWEEN_STATES, time.monotonic()
         if self.file.is_file():

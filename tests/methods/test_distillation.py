@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from methods import distillation
 from methods.distillation import important_channels, narrowed
 from suite.conformance import tiny
 from suite.errors import ImpossibleBudget, InputError
 from suite.healing import batch_loss
 from suite.losses import Objective
+from suite.models import load
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import layout_of
 from suite.recipe import Recipe
@@ -78,6 +80,38 @@ def test_a_student_of_all_layers_starts_as_the_teacher(family: str) -> None:
     model = tiny.build(family)
     plan = tiny.compress(model, "distill(weight=1,hidden=1)")
     assert plan.stages[0].notes["loss"][0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_before_training_such_a_student_gives_the_teachers_logits(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build(family)
+    before = tiny.logits_of(model)
+    monkeypatch.setattr(distillation, "train", lambda *arguments: {})
+    tiny.compress(model, "distill")
+    assert torch.equal(tiny.logits_of(model), before)
+
+
+@pytest.mark.parametrize("blocks", [22, 15, 11])
+def test_a_student_of_some_blocks_has_as_many_parameters_as_the_formula_says(blocks: int) -> None:
+    """SmolLM2-135M: 28,312,128 in embedding and final norm, 3,540,096 in every block."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = tiny.config_of("llama", **shape, num_attention_heads=9, num_key_value_heads=3)
+    dense = anatomy_of(load.skeleton(config))
+    assert dense.params == 134_515_008
+    plan = Recipe.parse(f"distill(remove={30 - blocks})").plan(dense, Budget.parse("none"))
+    assert plan.final.params == 28_312_128 + 3_540_096 * blocks
+    share = Budget.parse(f"params={0.95 * plan.final.params / dense.params:.4f}")
+    narrower = Recipe.parse("distill").plan(dense, share).final.params
+    assert 0.99 * share.value * dense.params < narrower <= share.value * dense.params
+
+
+@pytest.mark.parametrize("before", ["svd", "tensor-network"])
+def test_a_student_starts_from_whole_linears(before: str) -> None:
+    factorised = Recipe.parse(before).plan(tiny.anatomy("llama"), Budget.parse("params=0.8")).final
+    with pytest.raises(InputError, match=r"earlier stage factorised them\. Put distill first: distill\+"):
+        Recipe.parse("distill").plan(factorised, Budget.parse("params=0.7"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

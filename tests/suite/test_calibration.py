@@ -102,3 +102,11 @@ def test_training_text_that_is_too_short_says_what_there_is(tokenizer: PreTraine
         InputError, match=r"holds only 25 sequences .* 26 are needed\. Ask for at most toy:21x16"
     ):
         draw_training(spec, tokenizer, lambda: pytest.fail("no teacher is needed"))
+
+
+def test_training_text_is_another_under_another_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = HealingSpec(source="toy", count=5, length=16)
+    drawn = [
+        draw_training(spec, tokenizer, lambda: pytest.fail("no teacher is needed"), seed) for seed in range(8)
+    ]
+    assert len({training.digest for training in drawn}) == 8

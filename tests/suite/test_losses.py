@@ -29,6 +29,23 @@ def test_a_divergence_is_never_negative(direction: str, seed: int, temperature: 
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
+@given(st.integers(0, 10**6), st.integers(1, 10))
+def test_keeping_the_likeliest_words_and_a_bucket_for_the_rest_never_raises_the_divergence(
+    direction: str, seed: int, kept: int
+) -> None:
+    """Data-processing inequality: what is told apart less coarsely diverges no less."""
+    teacher, student = logits(seed), logits(seed + 1)
+    order = teacher.argsort(-1, descending=True)
+
+    def bucketed(values: Tensor) -> Tensor:
+        ordered = values.gather(-1, order).log_softmax(-1)
+        return torch.cat([ordered[:, :kept], ordered[:, kept:].logsumexp(-1, keepdim=True)], -1)
+
+    coarse = divergence(bucketed(teacher), bucketed(student), direction)
+    assert (coarse <= divergence(teacher, student, direction) + 1e-5).all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(direction: str) -> None:
     student = logits(0).requires_grad_(True)
     loss = divergence(logits(0), student, direction).sum()
@@ -47,6 +64,12 @@ def test_the_temperature_is_made_up_for() -> None:
         assert student.grad is not None
         norms.append(float(student.grad.norm()))
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_half_precision_logits_are_compared_in_single_precision() -> None:
+    teacher, student = logits(0, vocabulary=5000).bfloat16(), logits(1, vocabulary=5000).bfloat16()
+    exact = divergence(teacher.double(), student.double())
+    torch.testing.assert_close(divergence(teacher, student), exact, rtol=1e-5, atol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from suite.errors import InputError
 from suite.evaluate.harness import check_tasks
 from suite.recipe import Recipe
+from suite.run.runner import training_text
 from suite.specs import (
     Budget,
     CalibrationSpec,
@@ -104,6 +105,22 @@ def test_a_malformed_calibration_is_refused_with_an_example(text: str) -> None:
         CalibrationSpec.parse(text)
 
 
+@given(st.sampled_from(["pydoc", "c4"]), st.integers(1, 999), st.integers(2, 9999), st.integers(1, 99))
+def test_a_training_text_reads_back_what_it_prints(source: str, count: int, length: int, batch: int) -> None:
+    spec = HealingSpec(source=source, count=count, length=length, batch=batch)
+    assert HealingSpec.parse(str(spec)) == spec
+    assert HealingSpec.parse(f"{source}:{count}x{length}", batch) == spec
+    assert spec.tokens == count * length
+
+
+@pytest.mark.parametrize(
+    "text", ["c4:64x512/", "c4:64x512/0", "c4:64x512/two", "c4:64x512/2/2", "c4:64x512/-1"]
+)
+def test_a_malformed_training_text_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(InputError, match=r"Use NAME:COUNTxLENGTH/BATCH, e\.g\. wikitext2:128x512/4"):
+        HealingSpec.parse(text)
+
+
 PROTOCOL = Protocol(
     name="test",
     description="",
@@ -165,9 +182,13 @@ def test_the_healing_text_of_a_protocol_is_no_part_of_cells_that_do_not_train() 
     assert healed[0].digest() != healed[1].digest() != SPEC.digest()
 
 
-def test_healing_text_is_read_as_calibration_text_is() -> None:
-    parsed = HealingSpec.parse("c4:128x512")
-    assert (parsed.source, parsed.tokens, str(parsed)) == ("c4", 65536, "c4:128x512")
+@pytest.mark.parametrize("name", named_files("protocol"))
+def test_every_protocol_trains_on_text_that_it_does_not_score(name: str) -> None:
+    protocol = Protocol.load(name)
+    assert protocol.healing is not None
+    assert training_text(None, protocol) == protocol.healing
+    inherited = training_text("c4:3x8", protocol)
+    assert (str(inherited), inherited.batch) == (f"c4:3x8/{protocol.healing.batch}", protocol.healing.batch)
 
 
 def test_a_specification_is_frozen_and_knows_no_other_fields() -> None:

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.slow
 BUILTIN = [name for name in methods if methods.get(name).__module__.startswith("methods.")]
 
 
-@pytest.mark.parametrize("name", [*BUILTIN, "svd+rtn-int8"])
+@pytest.mark.parametrize(
+    "name", [*BUILTIN, "svd+rtn-int8", "layerchop+heal(distill=0.5)", "svd+heal(mode=lora)"]
+)
 def test_a_builtin_method_passes_every_check(name: str) -> None:
     examination = examine(Subject(name))
     offences = {f.check.name: f.details for f in examination.findings if f.status == "failed"}

@@ -157,6 +157,46 @@ def test_editing_a_plug_in_makes_its_old_cells_stale(track: Track, tmp_path: Pat
     assert first.cells[1].spec.digest() != second.cells[1].spec.digest()
 
 
+def test_a_healed_cell_keeps_what_it_was_trained_on_and_its_loss_curve(track: Track, tmp_path: Path) -> None:
+    recipes = ("layerchop", "layerchop+heal(distill=0.5)")
+    track = track.model_copy(
+        update={"recipes": recipes, "budgets": ("params=0.8",), "healing": "pydoc:4x16/2"}
+    )
+    grid = run(track, tmp_path)
+    assert [cell.state for cell in grid.cells] == ["ok", "ok", "ok"]
+    _, plain, healed = (cell.record for cell in grid.cells)
+    assert plain.spec.healing is None
+    assert plain.healing_digest is None
+    assert healed.healing_digest
+    notes = healed.notes["heal"]
+    assert (notes["tokens"], notes["steps"], len(notes["loss"])) == (64, 2, 2)
+    assert healed.measurements is not None
+    assert plain.measurements is not None
+    assert healed.measurements.sizes == plain.measurements.sizes
+    assert "trained on 64 tokens (pydoc:4x16/2)" in markdown(grid.store.all())
+    longer = Grid(track.model_copy(update={"healing": "pydoc:6x16"}), Options(results=tmp_path / "results"))
+    assert [cell.state for cell in longer.cells] == ["cached", "cached", "waiting"]
+
+
+@pytest.mark.parametrize(
+    ("healing", "reason"),
+    [
+        (None, "names no text to train on. Give one with --healing"),
+        ("pydoc-held-out:4x16", "'pydoc-held-out' is what models are scored on"),
+        ("wikitext2-test:4x16", "'wikitext2-test' is what models are scored on"),
+        ("pydocs:4x16", "no text is called 'pydocs'. Did you mean 'pydoc'?"),
+    ],
+)
+def test_what_nobody_may_train_on_is_refused_before_anything_runs(
+    healing: str | None, reason: str, track: Track, tmp_path: Path
+) -> None:
+    track = track.model_copy(update={"recipes": ("heal",), "budgets": ("none",), "healing": healing})
+    with pytest.raises(InputError) as caught:
+        Grid(track, Options(results=tmp_path / "results"))
+    assert reason in str(caught.value)
+    Grid(track.model_copy(update={"recipes": ("svd",)}), Options(results=tmp_path / "results"))
+
+
 def test_an_impossible_grid_is_refused_before_anything_runs(track: Track, tmp_path: Path) -> None:
     track = track.model_copy(update={"budgets": ("bytes=0.02",)})
     with pytest.raises(InputError, match="the smallest it can reach is bytes="):
