@@ -5,19 +5,17 @@ p is the teacher, q the student; all divergences are in nats, summed over the vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from suite.specs import Frozen
 
 CHUNK = 512
-Head = Callable[[Tensor], Tensor]
 
 
 class Objective(Frozen):
@@ -65,31 +63,75 @@ def token_losses(
 
 def mean_loss(
     objective: Objective,
-    student: tuple[Tensor, Head],
+    student: tuple[Tensor, nn.Module],
     targets: Tensor,
-    teacher: tuple[Tensor, Head] | None = None,
+    teacher: tuple[Tensor, nn.Module] | None = None,
     mask: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
     """Mean loss over positions whose `mask` (positions, bool) is true; all without a mask.
 
     `student` and `teacher` are final hidden states (positions × width) and the head that makes logits
-    of them. Logits exist for `chunk` positions at a time, and are made again for the backward pass.
+    of them. Logits exist for `chunk` positions at a time, and once only: see `_InChunks`.
     """
     hidden, head = student
     keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    total = torch.zeros((), device=hidden.device)
-
-    def part(states: Tensor, wanted: Tensor, taught: Tensor | None) -> Tensor:
-        teacher_logits = None if taught is None or teacher is None else teacher[1](taught)
-        return token_losses(objective, head(states), wanted, teacher_logits).sum()
-
     index = keep.nonzero().flatten()
-    for positions in index.split(chunk):
-        taught = teacher[0][positions] if teacher is not None and objective.distill > 0 else None
-        total = total + checkpoint(part, hidden[positions], targets[positions], taught, use_reentrant=False)
-    loss = total / max(len(index), 1)
+    chunks = index.split(chunk)
+
+    def part(states: Tensor, positions: Tensor) -> Tensor:
+        taught = None
+        if teacher is not None and objective.distill > 0:
+            with torch.no_grad():
+                taught = teacher[1](teacher[0][positions])
+        losses = token_losses(objective, head(states), targets[positions], taught)
+        return losses.sum() / len(index)
+
+    if torch.is_grad_enabled():
+        weights = [weight for weight in head.parameters() if weight.requires_grad]
+        loss: Tensor = _InChunks.apply(part, chunks, hidden, *weights)  # type: ignore[no-untyped-call]
+    else:
+        loss = torch.stack([part(hidden[positions], positions) for positions in chunks]).sum()
     if objective.hidden > 0 and teacher is not None:
         cosine = functional.cosine_similarity(hidden[index].float(), teacher[0][index].float(), dim=-1)
         loss = loss + objective.hidden * (1 - cosine).mean()
     return loss
+
+
+class _InChunks(torch.autograd.Function):
+    """Sum of `part` over chunks of positions, whose gradients are taken on the way forward.
+
+    Neither are logits of all positions ever held, nor are they made a second time for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Callable[[Tensor, Tensor], Tensor],
+        chunks: Sequence[Tensor],
+        hidden: Tensor,
+        *weights: nn.Parameter,
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        ctx.hidden = torch.zeros_like(hidden)
+        # A weight's gradient is summed over chunks in at least float32, whatever the weight's dtype.
+        ctx.weights = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights
+        ]
+        ctx.dtypes = [weight.dtype for weight in weights]
+        for positions in chunks:
+            states = hidden[positions].requires_grad_(True)
+            with torch.enable_grad():
+                loss = part(states, positions)
+            found = torch.autograd.grad(loss, [states, *weights])
+            ctx.hidden[positions] = found[0]
+            for sum_, gradient in zip(ctx.weights, found[1:], strict=True):
+                sum_ += gradient
+            total += loss.detach()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (scale,) = gradients
+        weights = ((w * scale).to(dtype) for w, dtype in zip(ctx.weights, ctx.dtypes, strict=True))
+        return None, None, ctx.hidden * scale, *weights

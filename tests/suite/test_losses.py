@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from suite.losses import Objective, divergence, mean_loss, token_losses
 
@@ -50,7 +51,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(direction: str) -> N
     student = logits(0).requires_grad_(True)
     loss = divergence(logits(0), student, direction).sum()
     loss.backward()
-    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
     assert student.grad is not None
     assert float(student.grad.norm()) < 1e-5
 
@@ -105,6 +106,46 @@ def test_chunks_change_neither_loss_nor_gradient(objective: Objective) -> None:
         found.append((loss.detach(), pair.hidden.grad, pair.head.weight.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(distill=0.5), Objective(distill=1, hidden=2.0)])
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_gradients_taken_on_the_way_forward_are_autograds(objective: Objective, head_trains: bool) -> None:
+    found = []
+    for way in ("chunks", "autograd"):
+        pair = Pair()
+        pair.head.requires_grad_(head_trains)
+        if way == "chunks":
+            loss = pair.loss(objective, chunk=5)
+        else:
+            every = token_losses(
+                objective, pair.head(pair.hidden), pair.targets, pair.teachers(pair.taught).detach()
+            )
+            cosine = functional.cosine_similarity(pair.hidden, pair.taught, dim=-1)
+            loss = every.mean() + objective.hidden * (1 - cosine).mean()
+        (3 * loss).backward()
+        found.append([loss.detach(), pair.hidden.grad, pair.head.weight.grad, pair.head.bias.grad])
+        assert pair.teachers.weight.grad is None
+    for one, other in zip(*found, strict=True):
+        if one is None or other is None:
+            assert one is other
+            assert not head_trains
+        else:
+            torch.testing.assert_close(one, other)
+
+
+def test_a_half_precision_heads_gradient_is_summed_in_single_precision() -> None:
+    """Adding up 1,024 chunks in bfloat16 would lose all but the first few."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(1, 8).bfloat16().repeat(1024, 1)
+    targets = torch.zeros(1024, dtype=torch.int64)
+    gradients = []
+    for chunk in (1, 1024):
+        head.weight.grad = None
+        mean_loss(Objective(), (hidden, head), targets, chunk=chunk).backward()
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=1e-4)
 
 
 def test_masked_positions_have_no_say() -> None:
