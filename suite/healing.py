@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from suite.calibration import Training
+from suite.errors import CellFailed
 from suite.losses import Objective, mean_loss
 from suite.models.load import cache_directory
 from suite.specs import Frozen, digest_of
@@ -28,6 +29,7 @@ SAVING_SHARE = 0.05
 EVALUATIONS = 8
 CURVE_POINTS = 512
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_CROSS_ENTROPY = Objective()
 
 
 class Schedule(Frozen):
@@ -61,6 +63,9 @@ def train(
     Forward and backward run in the model's own dtype, steps are taken on float32 master weights. The
     model stays in evaluation mode: without dropout a run is repeatable. A run that was cut off goes on
     from its last saved state and ends in the same weights, bit for bit.
+
+    Raises:
+        CellFailed: the loss is no longer finite.
     """
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.is_floating_point()]
     for parameter in model.parameters():
@@ -70,16 +75,23 @@ def train(
     teacher = training.teacher() if objective.needs_teacher else None
     run = _Run(model, chosen, training, objective, schedule)
     batches = training.tokens.split(training.batch)
-    every = max(1, len(batches) // EVALUATIONS)
+    every = math.ceil(len(batches) / EVALUATIONS)
     for step in range(run.step, len(batches)):
         if step % every == 0:
             run.held_out.append([step, _held_out_loss(model, training)])
         run.rate(schedule.rate(step, len(batches)))
         loss = batch_loss(model, teacher, batches[step], objective)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CellFailed(f"training diverged in step {step + 1} of {len(batches)}: lower learning_rate")
         loss.backward()
-        run.update(float(loss.detach()), schedule.clip)
+        run.update(value, schedule.clip)
         training.progress("training", step + 1, len(batches))
     run.held_out.append([len(batches), _held_out_loss(model, training)])
+    taught = {}
+    if teacher is not None:
+        divergence = _held_out_loss(model, training, teacher, Objective(distill=1.0))
+        taught["held_out_divergence"] = round(divergence, 4)
     run.forget()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -93,6 +105,7 @@ def train(
         "trained_parameters": sum(p.numel() for p in chosen),
         "loss": curve(run.losses),
         "held_out_cross_entropy": [[step, round(value, 4)] for step, value in run.held_out],
+        **taught,
     }
 
 
@@ -123,8 +136,14 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, training: Training) -> float:
-    losses = [batch_loss(model, None, ids, Objective()) for ids in training.held_out.split(training.batch)]
+def _held_out_loss(
+    model: PreTrainedModel,
+    training: Training,
+    teacher: PreTrainedModel | None = None,
+    objective: Objective = _CROSS_ENTROPY,
+) -> float:
+    batches = training.held_out.split(training.batch)
+    losses = [batch_loss(model, teacher, ids, objective) for ids in batches]
     return float(torch.stack(losses).mean())
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from suite import healing
 from suite.conformance import tiny
+from suite.errors import CellFailed
 from suite.healing import Schedule, batch_loss, curve, train
 from suite.losses import Objective
 
@@ -227,3 +228,25 @@ def test_frozen_parameters_stay_bit_for_bit_and_keep_no_gradient() -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name], parameter) != ("mlp" in name)
         assert parameter.grad is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_step() -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = float("nan")
+    with pytest.raises(CellFailed, match="training diverged in step 1 of 4: lower learning_rate"):
+        run(model)
+
+
+def test_a_taught_model_tells_how_far_it_is_from_its_teacher() -> None:
+    assert "held_out_divergence" not in run(tiny.build("llama"))
+    near, far = (run(tiny.build("llama", seed=seed), Objective(distill=0.5)) for seed in (0, 1))
+    assert 0 <= near["held_out_divergence"] < 0.1 < far["held_out_divergence"]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 9, 16, 63])
+def test_what_is_held_out_is_looked_at_a_few_times_only(steps: int) -> None:
+    notes = run(tiny.build("llama"), tokens=tiny.token_ids(2 * steps, 8))
+    looks = [step for step, _ in notes["held_out_cross_entropy"]]
+    assert len(looks) <= healing.EVALUATIONS + 1
+    assert (looks[0], looks[-1]) == (0, steps)

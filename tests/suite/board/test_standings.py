@@ -125,7 +125,7 @@ def test_trained_rows_are_ranked_apart_and_have_a_table_of_their_own(store: Reco
     save(store, examples.finished("svd+heal", healing=healing), np.ones(200))
     save(store, examples.finished("layerchop+heal", healing=healing), np.zeros(200))
     found = {table.title.rpartition("params=0.8")[2]: table for table in tables.tables(store.all())}
-    trained = found[" · trained on 65,536 tokens of pydoc"]
+    trained = found[" · trained on 65,536 tokens (pydoc:128x512/2)"]
     assert {r["recipe"] for r in trained.rows} == {"dense", "svd+heal", "layerchop+heal"}
     assert not any("heal" in r["recipe"] for r in found[""].rows)
     assert row(store, "svd+heal")["rank"] == (1, 1)
