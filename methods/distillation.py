@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from methods.healing import LEARNING_RATES
 from methods.layer_pruning import Pattern, chop
 from suite.calibration import Calibration
 from suite.errors import InputError
@@ -40,8 +41,9 @@ class DistillConfig(MethodConfig):
     direction: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0)
     hidden: float = Field(default=0.0, ge=0)
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=LEARNING_RATES["full"], gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
 
 
 @register
@@ -125,7 +127,9 @@ class Distill(Method[DistillConfig]):
             temperature=config.temperature,
             hidden=config.hidden,
         )
-        schedule = Schedule(learning_rate=config.learning_rate, warmup=config.warmup)
+        schedule = Schedule(
+            learning_rate=config.learning_rate, warmup=config.warmup, weight_decay=config.weight_decay
+        )
         notes = train(model, calibration.training, objective, schedule)
         return plan.model_copy(update={"notes": notes})
 

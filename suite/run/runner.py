@@ -292,12 +292,16 @@ def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
     spec = protocol.healing
     if given is not None:
         spec = HealingSpec.parse(given, spec.batch) if spec else HealingSpec.parse(given)
-    form = "Give one with --healing NAME:COUNTxLENGTH."
     if spec is None:
-        raise InputError(f"protocol '{protocol.name}' names no text to train on. {form}")
+        raise InputError(
+            f"protocol '{protocol.name}' names no text to train on. Give one with --healing NAME:COUNTxLENGTH."
+        )
     data.check_text(spec.source)
     if spec.source in {*data.HELD_OUT, protocol.perplexity.source}:
-        raise InputError(f"'{spec.source}' is what models are scored on, so none is trained on it. {form}")
+        others = ", ".join(sorted(data.TEXTS.keys() - data.HELD_OUT - {protocol.perplexity.source}))
+        raise InputError(
+            f"'{spec.source}' is what models are scored on, so none is trained on it.  (Others: {others}.)"
+        )
     return spec
 
 

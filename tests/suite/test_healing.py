@@ -44,8 +44,15 @@ def run(model: PreTrainedModel, objective: Objective | None = None, **fields: An
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_without_a_teacher_the_loss_is_the_models_own(family: str) -> None:
+    """And so are its gradients, of shared embeddings and heads too."""
     model, ids = tiny.build(family), tiny.token_ids(3, 10)
-    torch.testing.assert_close(batch_loss(model, None, ids, Objective()), model(ids, labels=ids).loss)
+    found = []
+    for loss in (batch_loss(model, None, ids, Objective()), model(ids, labels=ids).loss):
+        model.zero_grad()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_model_taught_by_itself_has_no_divergence() -> None:
