@@ -294,7 +294,8 @@ def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
         spec = HealingSpec.parse(given, spec.batch) if spec else HealingSpec.parse(given)
     if spec is None:
         raise InputError(
-            f"protocol '{protocol.name}' names no text to train on. Give one with --healing NAME:COUNTxLENGTH."
+            f"protocol '{protocol.name}' names no text to train on."
+            " Give one with --healing NAME:COUNTxLENGTH."
         )
     data.check_text(spec.source)
     if spec.source in {*data.HELD_OUT, protocol.perplexity.source}:
