@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+import psutil
 import torch
 from pydantic import Field
 from safetensors import safe_open
@@ -214,8 +215,11 @@ class _Run:
         self.pause = max(SECONDS_BETWEEN_STATES, (self.saved - start) / SAVING_SHARE)
 
     def forget(self) -> None:
-        """Remove the state of a run that is complete."""
+        """Remove the state of a run that is complete, and what processes that are gone left half written."""
         self.file.unlink(missing_ok=True)
+        for partial in self.file.parent.glob("*.tmp"):
+            if not psutil.pid_exists(int(partial.suffixes[-2].removeprefix("."))):
+                partial.unlink(missing_ok=True)
 
     def _load(self) -> None:
         with safe_open(self.file, framework="pt") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,14 @@ def test_what_is_held_out_is_looked_at_a_few_times_only(steps: int) -> None:
     looks = [step for step, _ in notes["held_out_cross_entropy"]]
     assert len(looks) <= healing.EVALUATIONS + 1
     assert (looks[0], looks[-1]) == (0, steps)
+
+
+def test_what_a_killed_process_left_half_written_is_removed() -> None:
+    folder = healing.cache_directory() / "healing"
+    folder.mkdir(parents=True)
+    dead, alive = (folder / f"0123.{pid}.tmp" for pid in (2**22 + 1, os.getpid()))
+    dead.touch()
+    alive.touch()
+    run(tiny.build("llama"))
+    assert not dead.exists()
+    assert alive.exists()
