@@ -35,7 +35,8 @@ class HealConfig(MethodConfig):
     alpha: float = Field(default=32.0, gt=0)
 
 
-LEARNING_RATES = {"full": 3e-4, "lora": 1e-3}
+# The best of a few trials on 16k to 32k tokens of c4, after layerchop at params=0.8 of SmolLM2-135M.
+LEARNING_RATES = {"full": 5e-4, "lora": 3e-3}
 
 
 @register
