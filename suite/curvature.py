@@ -8,7 +8,7 @@ the squared error of a linear's outputs is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from suite.streaming import BlockOnStream, leave, second_moment, stream
+
+CHUNK = 128
+"""Positions of which logits are made at a time."""
+_NOTHING = -100
 
 
 def loss_gradients(
@@ -77,8 +81,10 @@ def _at_the_end(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
     """The gradient of one sequence's summed loss at the output of the last block."""
     with torch.enable_grad():
         leaving = hidden.detach().requires_grad_(True)
-        loss = _nll(leave(model, ids, leaving), ids)
-    return torch.autograd.grad(loss, leaving)[0]
+        final = leave(model, ids, leaving)
+        parts = [part.detach().requires_grad_(True) for part in final[0].split(CHUNK)]
+        gradients = [torch.autograd.grad(loss, part)[0] for loss, part in _losses(model, ids, parts)]
+    return torch.autograd.grad(final, leaving, torch.cat(gradients)[None])[0]
 
 
 @torch.no_grad()
@@ -87,10 +93,17 @@ def loss_at_the_end(model: PreTrainedModel, tokens: Tensor, hidden: Sequence[Ten
     total = 0.0
     rows = [row for batch in hidden for row in batch.split(1)]
     for ids, row in zip(tokens.split(1), rows, strict=True):
-        total += float(_nll(leave(model, ids, row), ids))
+        final = leave(model, ids, row)[0].split(CHUNK)
+        total += sum(float(loss) for loss, _ in _losses(model, ids, final))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
-def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide[0, :-1], ids[0, 1:].to(logits.device), reduction="sum")
+def _losses(model: PreTrainedModel, ids: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Summed loss of each part of a sequence's final states; logits exist for one part at a time."""
+    head: Any = model.get_output_embeddings()
+    # The last position predicts nothing.
+    targets = torch.cat([ids[0, 1:], torch.tensor([_NOTHING])]).to(parts[0].device).split(CHUNK)
+    for part, target in zip(parts, targets, strict=True):
+        logits = head(part)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        yield functional.cross_entropy(wide, target, ignore_index=_NOTHING, reduction="sum"), part

@@ -117,11 +117,11 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
 
 
 def leave(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Logits of `ids` (sequences × length), given the hidden states that leave the last block."""
+    """What the head gets for `ids` (sequences × length), given the hidden states after the last block."""
     blocks = list(model.get_submodule(layout_of(model.config).blocks).children())
     with _instead(blocks, lambda *_, **__: hidden):
-        logits: Tensor = model(ids.to(model.device), use_cache=False).logits
-    return logits
+        final: Tensor = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state
+    return final
 
 
 def _enter(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from suite import curvature
 from suite.conformance import tiny
 from suite.curvature import loss_at_the_end, loss_gradients
 from suite.models.anatomy import anatomy_of
@@ -56,6 +57,16 @@ def test_gradients_between_blocks_are_those_of_the_whole_model(model: PreTrained
     expected = autograd(model, [f"{blocks}.{index}" for index in range(len(found))])
     for index, gradient in enumerate(found):
         torch.testing.assert_close(gradient, expected[f"{blocks}.{index}"], **CLOSE)
+
+
+def test_logits_in_parts_give_the_same_gradients(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loss_gradients(model, TOKENS, lambda block, moments: None)
+    monkeypatch.setattr(curvature, "CHUNK", 4)
+    parts = loss_gradients(model, TOKENS, lambda block, moments: None)
+    for first, second in zip(whole, parts, strict=True):
+        torch.testing.assert_close(first, second, **CLOSE)
 
 
 def test_moments_are_those_of_the_gradients_at_every_linears_output(model: PreTrainedModel) -> None:
