@@ -69,7 +69,7 @@ def _heat_map(profile: Profile, parts: Sequence[Part], strengths: Sequence[float
     norm = LogNorm(low, high if high > low else low * 10)
     columns = panels[0][0].shape[1]
     rows = sum(len(panel) for panel, _, _ in panels)
-    size = (max(6.4, 2.6 + 0.27 * columns), 1.5 + 0.6 * len(panels) + 0.3 * rows)
+    size = (max(6.4, 2.6 + 0.27 * columns), 1.4 + 0.4 * len(panels) + 0.3 * rows)
     figure = Figure(figsize=size, layout="constrained")
     heights = [len(panel) for panel, _, _ in panels]
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -89,9 +89,13 @@ def _heat_map(profile: Profile, parts: Sequence[Part], strengths: Sequence[float
         axes[-1].set_xlabel("block (0 is nearest the input)")
     for axis in axes:
         axis.set_ylabel("role" if profile.spec.by == "linear" else "kept share")
-    bar = figure.colorbar(image, ax=list(axes), extend="min", pad=0.02)
-    bar.set_label("nats per token, log scale" if rows < 8 else f"{_INCREASE}, log scale")
-    figure.suptitle(_title(profile), fontsize=9, x=0.01, ha="left")
+    cut = bool((values[np.isfinite(values)] < low).any())
+    bar = figure.colorbar(image, ax=list(axes), extend="min" if cut else "neither", pad=0.02)
+    bar.ax.yaxis.set_major_formatter(_plain)
+    bar.ax.yaxis.set_minor_formatter("")
+    bar.set_label("nats per token")
+    title = f"{_title(profile, strengths)}\ncolour: {_INCREASE}, log scale"
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     return figure
 
 
@@ -129,26 +133,37 @@ def _curves(profile: Profile, parts: Sequence[Part], strengths: Sequence[float])
     for index, (strength, values) in enumerate(curves.items()):
         style = _LINES[index % len(_LINES)] + _MARKS[index % len(_MARKS)]
         label = "removed" if strength == 0 else f"keeps {strength:g}"
-        axis.plot(list(values), list(values.values()), style, label=label, color="0.15", markersize=4)
+        grey = f"{0.1 + 0.5 * index / len(curves):.2f}"
+        axis.plot(list(values), list(values.values()), style, label=label, color=grey, markersize=4)
     lowest = min(min(values.values()) for values in curves.values())
     highest = max(max(values.values()) for values in curves.values())
     if lowest > 0 and highest > 30 * lowest:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_plain)
     else:
         axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.set_xlabel("block (0 is nearest the input)")
     summed = ",\nsum over the block's linears" if profile.spec.by == "linear" else ""
     axis.set_ylabel(_INCREASE + summed)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.suptitle(_title(profile), fontsize=9, x=0.01, ha="left")
+    if len(curves) > 1:
+        axis.legend(frameon=False)
+    figure.suptitle(_title(profile, strengths), fontsize=9, x=0.01, ha="left")
     return figure
 
 
-def _title(profile: Profile) -> str:
+def _plain(value: float, _: float) -> str:
+    """0.1 where a logarithmic axis would say 10 to the minus 1."""
+    return f"{value:g}"
+
+
+def _title(profile: Profile, strengths: Sequence[float]) -> str:
     spec, dense = profile.spec, profile.dense
-    text = (
+    shares = ", ".join(f"{strength:g}" for strength in strengths)
+    what = {"params": "parameters", "bytes": "bytes"}[spec.metric]
+    done = f"reduced to {shares} of its {what}" if any(strengths) else "removed"
+    return (
+        f"{spec.model}, {spec.method}: one {spec.by} at a time {done}\n"
         f"{len(dense.window_nlls)} × {spec.calibration.length} tokens of {spec.calibration.source},"
         f" held back from calibration ({spec.calibration}, seed {spec.seed})"
     )
-    return f"Sensitivity of {spec.model} to {spec.method}, one {spec.by} compressed at a time\n{text}"

@@ -63,6 +63,18 @@ def test_the_rest_of_the_model_stays_bit_identical(folder_of: FolderOf, family: 
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("recipe", ["rom", "tensor-network", "rtn-int4"])
+@pytest.mark.parametrize("by", ["block", "linear"])
+def test_other_methods_too_change_the_part_alone(
+    folder_of: FolderOf, recipe: str, by: Any, family: str, tmp_path: Path
+) -> None:
+    profiler = examples.profiler(folder_of(family), tmp_path, recipe, by)
+    parts = parts_of(profiler.anatomy, by, [1])
+    profile = profiler.run([parts[0], parts[-1]], [0.5])
+    assert not profiler.skipped
+    assert all(0.4 < point.kept <= 0.5 or recipe == "rtn-int4" for point in profile.points)
+
+
 def test_the_increase_is_that_of_the_same_compression_by_hand(folder_of: FolderOf, tmp_path: Path) -> None:
     profiler = examples.profiler(folder_of("llama"), tmp_path)
     parts = parts_of(profiler.anatomy, "block")
