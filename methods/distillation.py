@@ -31,7 +31,8 @@ class DistillConfig(MethodConfig):
     """`remove` blocks in `pattern`, then `width` MLP channels a block; both solved when not given.
 
     `weight`: share of the KL term against cross-entropy; `direction`: forward KL(teacher‖student) or
-    reverse; `hidden`: weight of one minus the cosine of the last hidden states.
+    reverse; `hidden`: weight of one minus the cosine of the last hidden states. The learning rate is
+    chosen as by `heal`.
     """
 
     pattern: Pattern = "max-gap"
@@ -41,7 +42,7 @@ class DistillConfig(MethodConfig):
     direction: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0)
     hidden: float = Field(default=0.0, ge=0)
-    learning_rate: float = Field(default=LEARNING_RATES["full"], gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -56,6 +57,7 @@ class Distill(Method[DistillConfig]):
     """
 
     name = "distill"
+    version = 2
     family = "distillation"
     source = "Sanh et al., DistilBERT (arXiv 1910.01108); reverse KL: Gu et al., MiniLLM (arXiv 2306.08543)"
     needs = frozenset({"calibration", "training"})
@@ -127,10 +129,9 @@ class Distill(Method[DistillConfig]):
             temperature=config.temperature,
             hidden=config.hidden,
         )
-        schedule = Schedule(
-            learning_rate=config.learning_rate, warmup=config.warmup, weight_decay=config.weight_decay
-        )
-        notes = train(model, calibration.training, objective, schedule)
+        rates = (config.learning_rate,) if config.learning_rate else LEARNING_RATES["full"]
+        schedule = Schedule(learning_rate=rates[0], warmup=config.warmup, weight_decay=config.weight_decay)
+        notes = train(model, calibration.training, objective, schedule, rates=rates)
         return plan.model_copy(update={"notes": notes})
 
 

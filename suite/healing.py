@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +29,9 @@ from suite.specs import Frozen, digest_of
 SECONDS_BETWEEN_STATES = 120.0
 SAVING_SHARE = 0.05
 EVALUATIONS = 8
+REHEARSAL_SHARE = 1 / 8
+REHEARSAL_STEPS = 256
+"""A rehearsal takes this share of all steps, but no more than so many."""
 CURVE_POINTS = 512
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CROSS_ENTROPY = Objective()
@@ -58,12 +62,16 @@ def train(
     objective: Objective,
     schedule: Schedule,
     parameters: Sequence[nn.Parameter] | None = None,
+    rates: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train `parameters` (by default all floating-point ones) of `model` in place; returns the loss curve.
 
     Forward and backward run in the model's own dtype, steps are taken on float32 master weights. The
     model stays in evaluation mode: without dropout a run is repeatable. A run that was cut off goes on
     from its last saved state and ends in the same weights, bit for bit.
+
+    With several `rates`, each is rehearsed from the same start on the first tokens, and the one with
+    the least held-out cross-entropy replaces the schedule's: a rate that mends one model ruins another.
 
     Raises:
         CellFailed: the loss is no longer finite.
@@ -74,21 +82,13 @@ def train(
     for parameter in chosen:
         parameter.requires_grad_(True)
     teacher = training.teacher() if objective.needs_teacher else None
-    run = _Run(model, chosen, training, objective, schedule)
-    batches = training.tokens.split(training.batch)
-    every = math.ceil(len(batches) / EVALUATIONS)
-    for step in range(run.step, len(batches)):
-        if step % every == 0:
-            run.held_out.append([step, _held_out_loss(model, training)])
-        run.rate(schedule.rate(step, len(batches)))
-        loss = batch_loss(model, teacher, batches[step], objective)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise CellFailed(f"training diverged in step {step + 1} of {len(batches)}: lower learning_rate")
-        loss.backward()
-        run.update(value, schedule.clip)
-        training.progress("training", step + 1, len(batches))
-    run.held_out.append([len(batches), _held_out_loss(model, training)])
+    rehearsed = {}
+    if len(rates) > 1:
+        found, tokens = _rehearse(model, teacher, chosen, training, objective, schedule, rates)
+        schedule = schedule.model_copy(update={"learning_rate": min(found, key=lambda rate: found[rate])})
+        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in found.items()}
+        rehearsed = {"rehearsal": {"tokens": tokens, "held_out_cross_entropy": losses}}
+    run = _run(model, teacher, chosen, training, objective, schedule, EVALUATIONS)
     taught = {}
     if teacher is not None:
         divergence = _held_out_loss(model, training, teacher, Objective(distill=1.0))
@@ -99,15 +99,78 @@ def train(
         parameter.grad = None
     return {
         "tokens": training.tokens.numel(),
-        "steps": len(batches),
+        "steps": run.step,
         "tokens_per_step": training.batch * training.tokens.shape[1],
         "objective": objective.model_dump(),
         "schedule": schedule.model_dump(),
+        **rehearsed,
         "trained_parameters": sum(p.numel() for p in chosen),
         "loss": curve(run.losses),
         "held_out_cross_entropy": [[step, round(value, 4)] for step, value in run.held_out],
         **taught,
     }
+
+
+def _rehearse(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    parameters: Sequence[nn.Parameter],
+    training: Training,
+    objective: Objective,
+    schedule: Schedule,
+    rates: Sequence[float],
+) -> tuple[dict[float, float], int]:
+    """Held-out cross-entropy after a short run at each rate (infinite if it diverged), and its tokens."""
+    steps = math.ceil(len(training.tokens) / training.batch)
+    few = min(math.ceil(REHEARSAL_SHARE * steps), REHEARSAL_STEPS)
+    short = replace(training, tokens=training.tokens[: few * training.batch])
+    # On the CPU, as an accelerator may have no room for the parameters twice.
+    start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    found: dict[float, float] = {}
+    for rate in rates:
+        try:
+            at_rate = schedule.model_copy(update={"learning_rate": rate})
+            run = _run(model, teacher, parameters, short, objective, at_rate, 0)
+            run.forget()
+            found[rate] = round(run.held_out[-1][1], 4)
+        except CellFailed:
+            found[rate] = math.inf
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+    if min(found.values()) == math.inf:
+        raise CellFailed(f"training diverged at every learning rate of {', '.join(map(str, rates))}")
+    return found, short.tokens.numel()
+
+
+def _run(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    parameters: Sequence[nn.Parameter],
+    training: Training,
+    objective: Objective,
+    schedule: Schedule,
+    evaluations: int,
+) -> _Run:
+    """All steps of a schedule, with the held-out loss at its end and at so many places before."""
+    run = _Run(model, parameters, training, objective, schedule)
+    batches = training.tokens.split(training.batch)
+    every = math.ceil(len(batches) / evaluations) if evaluations else None
+    for step in range(run.step, len(batches)):
+        if every and step % every == 0:
+            run.held_out.append([step, _held_out_loss(model, training)])
+        run.rate(schedule.rate(step, len(batches)))
+        loss = batch_loss(model, teacher, batches[step], objective)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CellFailed(f"training diverged in step {step + 1} of {len(batches)}: lower learning_rate")
+        loss.backward()
+        run.update(value, schedule.clip)
+        what = "training" if evaluations else f"rehearsing learning rate {schedule.learning_rate:g}"
+        training.progress(what, step + 1, len(batches))
+    run.held_out.append([len(batches), _held_out_loss(model, training)])
+    return run
 
 
 def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[float]:
@@ -172,7 +235,8 @@ class _Run:
         self.losses: list[float] = []
         self.held_out: list[list[float]] = []
         start = [_digest(model.state_dict().values()), [p.shape for p in parameters], torch.__version__]
-        knobs = [training.digest, training.batch, objective.model_dump(), schedule.model_dump()]
+        text = [training.digest, len(training.tokens), training.batch]
+        knobs = [text, objective.model_dump(), schedule.model_dump()]
         digest = digest_of([start, knobs])
         self.file = cache_directory() / "healing" / f"{digest[:16]}.safetensors"
         self.pause, self.saved = SECONDS_BETWEEN_STATES, time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -269,3 +270,38 @@ def test_what_a_killed_process_left_half_written_is_removed() -> None:
     run(tiny.build("llama"))
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_the_rehearsed_rate_is_the_best_and_leaves_no_trace() -> None:
+    """Training goes on as if the rate had been given: same weights, same curve."""
+    training = replace(tiny.training_sample(lambda: tiny.build("llama")), batch=1)
+    rehearsed, given = tiny.build("llama", seed=1), tiny.build("llama", seed=1)
+    rates = (1e-9, 3e-3, 1e4)
+    notes = train(rehearsed, training, Objective(), Schedule(), rates=rates)
+    found = notes["rehearsal"]["held_out_cross_entropy"]
+    assert notes["rehearsal"]["tokens"] == training.tokens[:1].numel()
+    assert list(found) == ["1e-09", "0.003", "10000"]
+    assert min(found, key=lambda rate: found[rate] or math.inf) == "0.003"
+    assert notes["schedule"]["learning_rate"] == 3e-3
+    alone = train(given, training, Objective(), Schedule(learning_rate=3e-3))
+    assert "rehearsal" not in alone
+    assert notes["loss"] == alone["loss"]
+    for name, parameter in weights(given).items():
+        assert torch.equal(parameter, rehearsed.get_parameter(name))
+
+
+def test_a_rate_that_diverges_loses_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = tiny.training_sample(lambda: tiny.build("llama"))
+    real = healing._run
+
+    def fails(*arguments: Any) -> Any:
+        if arguments[5].learning_rate > 1:
+            raise CellFailed("training diverged in step 1 of 1: lower learning_rate")
+        return real(*arguments)
+
+    monkeypatch.setattr(healing, "_run", fails)
+    notes = train(tiny.build("llama"), training, Objective(), Schedule(), rates=(1e-4, 2.0))
+    assert notes["rehearsal"]["held_out_cross_entropy"]["2"] is None
+    assert notes["schedule"]["learning_rate"] == 1e-4
+    with pytest.raises(CellFailed, match=r"diverged at every learning rate of 2.0, 3.0"):
+        train(tiny.build("llama"), training, Objective(), Schedule(), rates=(2.0, 3.0))
