@@ -12,7 +12,7 @@ from pydantic import Field, FilePath, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suite.allocation import Setting, even, low_rank_settings, rank_of, spread
+from suite.allocation import Setting, even, even_at, low_rank_settings, rank_of, spread
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end, loss_gradients, pull_back
 from suite.errors import ImpossibleBudget, InputError
@@ -89,17 +89,16 @@ class ReducedOrder(Method[ReducedOrderConfig]):
         linears = anatomy.dense_linears(self.name)
         inside = self._inside(linears, anatomy.n_blocks, self.config.blocks)
         offers = {line.path: self._settings(line) for line in inside}
-        everything = sum(settings[-1].cost for settings in offers.values())
         if self.config.shares is not None:
             shares = shares_for(self.config.shares, anatomy)
             chosen = {path: _within(settings, shares[path]) for path, settings in offers.items()}
             return self._plan(linears, _ranks(offers, chosen))
         if self.config.share is not None or target is None:
-            budget = int((1.0 if self.config.share is None else self.config.share) * everything)
-            smallest = sum(settings[0].cost for settings in offers.values())
-            return self._plan(linears, _ranks(offers, even(offers, max(budget, smallest))))
+            share = 1.0 if self.config.share is None else self.config.share
+            return self._plan(linears, _ranks(offers, even_at(offers, share)))
         width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
-        fixed = anatomy.size(target.metric) - everything * width
+        dense = sum(settings[-1].cost for settings in offers.values())
+        fixed = anatomy.size(target.metric) - dense * width
         try:
             chosen = even(offers, (target.value - fixed) // width)
         except ImpossibleBudget as error:

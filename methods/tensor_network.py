@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.tensor_layers import MpoLinear, TensorLinear, TuckerLinear
-from suite.allocation import Setting, even, spread
+from suite.allocation import Setting, even, even_at, spread
 from suite.calibration import Calibration
 from suite.curvature import loss_gradients, pull_back
 from suite.errors import ImpossibleBudget, InputError
@@ -119,12 +119,9 @@ class TensorNetwork(Method[TensorNetworkConfig]):
         linears = anatomy.dense_linears(self.name)
         fixed = self._fixed(anatomy)
         offers = {line.path: self._offers(line) for line in linears if line.path not in fixed}
-        whole = sum(rungs[-1].parameters for rungs in offers.values())
         settings = _settings(offers)
         if self.config.share is not None or target is None:
-            smallest = sum(rungs[0].parameters for rungs in offers.values())
-            share = 1.0 if self.config.share is None else self.config.share
-            chosen = even(settings, max(int(share * whole), smallest))
+            chosen = even_at(settings, 1.0 if self.config.share is None else self.config.share)
         else:
             width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
             dense = sum(line.out_features * line.in_features for line in linears)

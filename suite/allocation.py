@@ -149,3 +149,10 @@ def even(offers: Mapping[str, Sequence[Setting]], budget: int) -> dict[str, int]
         if cost <= left:
             chosen[name], left = chosen[name] + 1, left - cost
     return chosen
+
+
+def even_at(offers: Mapping[str, Sequence[Setting]], share: float) -> dict[str, int]:
+    """`even` at a share of all the dearest settings, or the cheapest settings where those cost more."""
+    cheapest = sum(settings[0].cost for settings in offers.values())
+    dearest = sum(settings[-1].cost for settings in offers.values())
+    return even(offers, max(int(share * dearest), cheapest))

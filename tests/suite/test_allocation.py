@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.allocation import Setting, even, low_rank_settings, lower_hull, rank_of, spread
+from suite.allocation import Setting, even, even_at, low_rank_settings, lower_hull, rank_of, spread
 from suite.errors import ImpossibleBudget
 
 
@@ -130,3 +130,13 @@ def test_even_says_how_much_the_cheapest_settings_cost() -> None:
         even(offers, 17)
     assert caught.value.smallest == 18
     assert even(offers, 18) == {"a": 0, "b": 0}
+
+
+@given(st.lists(ANY, min_size=1, max_size=3), st.floats(0, 1))
+def test_a_share_is_kept_to_unless_the_cheapest_settings_cost_more(
+    lists: list[list[Setting]], share: float
+) -> None:
+    offers = offers_of(lists)
+    cheapest = sum(settings[0].cost for settings in offers.values())
+    dearest = sum(settings[-1].cost for settings in offers.values())
+    assert cost_of(offers, even_at(offers, share)) <= max(cheapest, share * dearest)
