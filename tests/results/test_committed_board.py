@@ -30,9 +30,12 @@ def test_every_cell_makes_its_weight_and_matches_its_plan(record: Record) -> Non
     measured, planned, budget = record.measurements, record.planned, record.spec.budget
     assert measured is not None
     assert planned is not None
-    if any(stage.adaptive for stage in Recipe.parse(record.spec.recipe).stages):
+    recipe = Recipe.parse(record.spec.recipe)
+    if any(stage.adaptive for stage in recipe.stages):
         assert 0.997 * planned.params <= measured.sizes.params <= planned.params
-        assert 0.997 * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk
+        # A quantizer packs what was left dense: another choice of that weighs less at equal parameters.
+        least = 0.9 if any("bytes" in stage.acts_on - {"params"} for stage in recipe.stages[1:]) else 0.997
+        assert least * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk
     else:
         assert (measured.sizes.params, measured.sizes.bytes_disk) == (planned.params, planned.bytes_disk)
     if budget.metric == "params":
