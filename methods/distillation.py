@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from methods.healing import LEARNING_RATES
+from methods.healing import TrainingConfig
 from methods.layer_pruning import Pattern, chop
 from suite.calibration import Calibration
 from suite.errors import InputError
-from suite.healing import Schedule, train
+from suite.healing import train
 from suite.layers import ModuleSpec, ResizedLinear, replace
 from suite.losses import Objective
-from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
+from suite.method import Method, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy, LinearShape, drop_blocks
 from suite.models.layouts import layout_of
 from suite.streaming import stream
@@ -27,12 +27,12 @@ from suite.streaming import stream
 WIDENING = ("gate", "up")
 
 
-class DistillConfig(MethodConfig):
+class DistillConfig(TrainingConfig):
     """`remove` blocks in `pattern`, then `width` MLP channels a block; both solved when not given.
 
     `weight`: share of the KL term against cross-entropy; `direction`: forward KL(teacher‖student) or
-    reverse; `hidden`: weight of one minus the cosine of the last hidden states. The learning rate is
-    chosen as by `heal`.
+    reverse; `hidden`: weight of one minus the cosine of the last hidden states.
+    `learning_rate`, `warmup`, `weight_decay`: see `TrainingConfig`.
     """
 
     pattern: Pattern = "max-gap"
@@ -42,9 +42,6 @@ class DistillConfig(MethodConfig):
     direction: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0)
     hidden: float = Field(default=0.0, ge=0)
-    learning_rate: float | None = Field(default=None, gt=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
 
 
 @register
@@ -129,9 +126,7 @@ class Distill(Method[DistillConfig]):
             temperature=config.temperature,
             hidden=config.hidden,
         )
-        rates = (config.learning_rate,) if config.learning_rate else LEARNING_RATES["full"]
-        schedule = Schedule(learning_rate=rates[0], warmup=config.warmup, weight_decay=config.weight_decay)
-        notes = train(model, calibration.training, objective, schedule, rates=rates)
+        notes = train(model, calibration.training, objective, config.schedules())
         return plan.model_copy(update={"notes": notes})
 
 

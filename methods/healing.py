@@ -16,28 +16,42 @@ from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import layout_of
 
+# On SmolLM2-135M at params=0.8 sliced models wanted the lowest of these, shortened ones the highest.
+LEARNING_RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (3e-4, 1e-3, 3e-3)}
 
-class HealConfig(MethodConfig):
-    """Knobs of recovery training; the tokens, their order and the number of steps are the protocol's.
 
-    `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end; what stands in
-    a linear's place and holds no linear, such as a tensor network, is then trained as it is. `distill`:
-    weight of the KL divergence to the dense model against cross-entropy; 0 is continued pretraining.
+class TrainingConfig(MethodConfig):
+    """Knobs of the optimizer; the tokens, their order and the number of steps are the protocol's.
+
     `learning_rate` is the peak, reached after the share `warmup` of all steps; without one, the best
     of three for the model at hand is rehearsed on the first tokens and judged on held-out ones.
     """
 
-    mode: Literal["full", "lora"] = "full"
-    distill: float = Field(default=0.0, ge=0, le=1)
     learning_rate: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
+
+    def schedules(self, mode: Literal["full", "lora"] = "full") -> list[Schedule]:
+        """The schedule with the rate given, or one for each rate to rehearse."""
+        rates = (self.learning_rate,) if self.learning_rate else LEARNING_RATES[mode]
+        return [
+            Schedule(learning_rate=rate, warmup=self.warmup, weight_decay=self.weight_decay) for rate in rates
+        ]
+
+
+class HealConfig(TrainingConfig):
+    """Knobs of recovery training.
+
+    `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end; what stands in
+    a linear's place and holds no linear, such as a tensor network, is then trained as it is. `distill`:
+    weight of the KL divergence to the dense model against cross-entropy; 0 is continued pretraining.
+    `learning_rate`, `warmup`, `weight_decay`: see `TrainingConfig`.
+    """
+
+    mode: Literal["full", "lora"] = "full"
+    distill: float = Field(default=0.0, ge=0, le=1)
     rank: int = Field(default=32, gt=0)
     alpha: float = Field(default=32.0, gt=0)
-
-
-# On SmolLM2-135M at params=0.8 sliced models wanted the lowest of these, shortened ones the highest.
-LEARNING_RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (3e-4, 1e-3, 3e-3)}
 
 
 @register
@@ -65,12 +79,10 @@ class Heal(Method[HealConfig]):
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan:
         assert calibration is not None
         assert calibration.training is not None
-        objective = Objective(distill=self.config.distill)
         config = self.config
-        rates = (config.learning_rate,) if config.learning_rate else LEARNING_RATES[config.mode]
-        schedule = Schedule(learning_rate=rates[0], warmup=config.warmup, weight_decay=config.weight_decay)
+        objective = Objective(distill=config.distill)
         adapters = add_adapters(model, config.rank, config.alpha) if config.mode == "lora" else None
-        notes = train(model, calibration.training, objective, schedule, adapters, rates)
+        notes = train(model, calibration.training, objective, config.schedules(config.mode), adapters)
         if adapters is not None:
             merge_adapters(model)
         return plan.model_copy(update={"notes": notes})

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -60,21 +61,20 @@ def train(
     model: PreTrainedModel,
     training: Training,
     objective: Objective,
-    schedule: Schedule,
+    schedules: Sequence[Schedule],
     parameters: Sequence[nn.Parameter] | None = None,
-    rates: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train `parameters` (by default all floating-point ones) of `model` in place; returns the loss curve.
 
     Forward and backward run in the model's own dtype, steps are taken on float32 master weights. The
     model stays in evaluation mode: without dropout a run is repeatable. A run that was cut off goes on
-    from its last saved state and ends in the same weights, bit for bit.
+    from its last saved state, rehearsing again first, and ends in the same weights, bit for bit.
 
-    With several `rates`, each is rehearsed from the same start on the first tokens, and the one with
-    the least held-out cross-entropy replaces the schedule's: a rate that mends one model ruins another.
+    Of several `schedules`, each is rehearsed from the same start on the first tokens, and the one with
+    the least held-out cross-entropy is used: a learning rate that mends one model ruins another.
 
     Raises:
-        CellFailed: the loss is no longer finite.
+        CellFailed: the loss is no longer finite, with each of the schedules.
     """
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.is_floating_point()]
     for parameter in model.parameters():
@@ -82,13 +82,24 @@ def train(
     for parameter in chosen:
         parameter.requires_grad_(True)
     teacher = training.teacher() if objective.needs_teacher else None
-    rehearsed = {}
-    if len(rates) > 1:
-        found, tokens = _rehearse(model, teacher, chosen, training, objective, schedule, rates)
-        schedule = schedule.model_copy(update={"learning_rate": min(found, key=lambda rate: found[rate])})
-        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in found.items()}
-        rehearsed = {"rehearsal": {"tokens": tokens, "held_out_cross_entropy": losses}}
-    run = _run(model, teacher, chosen, training, objective, schedule, EVALUATIONS)
+
+    def start(text: Training, schedule: Schedule) -> _Run:
+        return _Run(model, teacher, chosen, text, objective, schedule)
+
+    schedule, rehearsed = schedules[0], {}
+    if len(schedules) > 1:
+        short = _beginning(training)
+        found = [(_rehearsed(start, chosen, short, each), each) for each in schedules]
+        told = {f"{each.learning_rate:g}": loss for loss, each in found}
+        finite = [(loss, each) for loss, each in found if loss is not None]
+        if not finite:
+            raise CellFailed(
+                f"training diverged at every learning rate: {', '.join(told)}. Give a lower one."
+            )
+        schedule = min(finite, key=itemgetter(0))[1]
+        rehearsed = {"rehearsal": {"tokens": short.tokens.numel(), "held_out_cross_entropy": told}}
+    run = start(training, schedule)
+    run.finish(EVALUATIONS, "training")
     taught = {}
     if teacher is not None:
         divergence = _held_out_loss(model, training, teacher, Objective(distill=1.0))
@@ -111,66 +122,34 @@ def train(
     }
 
 
-def _rehearse(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    parameters: Sequence[nn.Parameter],
-    training: Training,
-    objective: Objective,
-    schedule: Schedule,
-    rates: Sequence[float],
-) -> tuple[dict[float, float], int]:
-    """Held-out cross-entropy after a short run at each rate (infinite if it diverged), and its tokens."""
+def _beginning(training: Training) -> Training:
+    """The sequences of a rehearsal."""
     steps = math.ceil(len(training.tokens) / training.batch)
     few = min(math.ceil(REHEARSAL_SHARE * steps), REHEARSAL_STEPS)
-    short = replace(training, tokens=training.tokens[: few * training.batch])
-    # On the CPU, as an accelerator may have no room for the parameters twice.
-    start = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    found: dict[float, float] = {}
-    for rate in rates:
-        try:
-            at_rate = schedule.model_copy(update={"learning_rate": rate})
-            run = _run(model, teacher, parameters, short, objective, at_rate, 0)
-            run.forget()
-            found[rate] = round(run.held_out[-1][1], 4)
-        except CellFailed:
-            found[rate] = math.inf
-        with torch.no_grad():
-            for parameter, value in zip(parameters, start, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
-    if min(found.values()) == math.inf:
-        raise CellFailed(f"training diverged at every learning rate of {', '.join(map(str, rates))}")
-    return found, short.tokens.numel()
+    return replace(training, tokens=training.tokens[: few * training.batch])
 
 
-def _run(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+def _rehearsed(
+    start: Callable[[Training, Schedule], _Run],
     parameters: Sequence[nn.Parameter],
-    training: Training,
-    objective: Objective,
+    short: Training,
     schedule: Schedule,
-    evaluations: int,
-) -> _Run:
-    """All steps of a schedule, with the held-out loss at its end and at so many places before."""
-    run = _Run(model, parameters, training, objective, schedule)
-    batches = training.tokens.split(training.batch)
-    every = math.ceil(len(batches) / evaluations) if evaluations else None
-    for step in range(run.step, len(batches)):
-        if every and step % every == 0:
-            run.held_out.append([step, _held_out_loss(model, training)])
-        run.rate(schedule.rate(step, len(batches)))
-        loss = batch_loss(model, teacher, batches[step], objective)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise CellFailed(f"training diverged in step {step + 1} of {len(batches)}: lower learning_rate")
-        loss.backward()
-        run.update(value, schedule.clip)
-        what = "training" if evaluations else f"rehearsing learning rate {schedule.learning_rate:g}"
-        training.progress(what, step + 1, len(batches))
-    run.held_out.append([len(batches), _held_out_loss(model, training)])
-    return run
+) -> float | None:
+    """Held-out cross-entropy after a short run, None if it diverged; the parameters are put back."""
+    # On the CPU, as an accelerator may have no room for the parameters twice.
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    run = start(short, schedule)
+    try:
+        run.finish(0, f"rehearsing learning rate {schedule.learning_rate:g}")
+        loss = run.held_out[-1][1]
+    except CellFailed:
+        loss = math.nan
+    run.forget()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return round(loss, 4) if math.isfinite(loss) else None
 
 
 def curve(losses: Sequence[float], points: int = CURVE_POINTS) -> list[float]:
@@ -212,17 +191,19 @@ def _held_out_loss(
 
 
 class _Run:
-    """Master weights, optimizer, loss curve, and their state on disk."""
+    """The steps of one schedule: master weights, optimizer, loss curve, and their state on disk."""
 
     def __init__(
         self,
         model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         parameters: Sequence[nn.Parameter],
         training: Training,
         objective: Objective,
         schedule: Schedule,
     ):
-        self.parameters = parameters
+        self.model, self.teacher, self.parameters = model, teacher, parameters
+        self.training, self.objective, self.schedule = training, objective, schedule
         self.masters = [_wide(p.detach()).clone().requires_grad_(True) for p in parameters]
         matrices = [master for master in self.masters if master.ndim > 1]
         vectors = [master for master in self.masters if master.ndim <= 1]
@@ -243,17 +224,36 @@ class _Run:
         if self.file.is_file():
             self._load()
 
-    def rate(self, value: float) -> None:
-        """Set the learning rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = value
+    def finish(self, evaluations: int, what: str) -> None:
+        """Take the steps that are left, with the held-out loss at the end and so often before.
 
-    def update(self, loss: float, clip: float) -> None:
+        Raises:
+            CellFailed: the loss is no longer finite.
+        """
+        batches = self.training.tokens.split(self.training.batch)
+        every = math.ceil(len(batches) / evaluations) if evaluations else None
+        for step in range(self.step, len(batches)):
+            if every and step % every == 0:
+                self.held_out.append([step, _held_out_loss(self.model, self.training)])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.schedule.rate(step, len(batches))
+            loss = batch_loss(self.model, self.teacher, batches[step], self.objective)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise CellFailed(
+                    f"training diverged in step {step + 1} of {len(batches)}: lower learning_rate"
+                )
+            loss.backward()
+            self.update(value)
+            self.training.progress(what, step + 1, len(batches))
+        self.held_out.append([len(batches), _held_out_loss(self.model, self.training)])
+
+    def update(self, loss: float) -> None:
         """One optimizer step from the gradients of the model's parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = None if parameter.grad is None else _wide(parameter.grad)
             parameter.grad = None
-        nn.utils.clip_grad_norm_(self.masters, clip)
+        nn.utils.clip_grad_norm_(self.masters, self.schedule.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._copy_back()

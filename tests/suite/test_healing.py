@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def run(model: PreTrainedModel, objective: Objective | None = None, **fields: Any) -> dict[str, Any]:
     teacher = tiny.build("llama").requires_grad_(False)
     training = replace(tiny.training_sample(lambda: teacher), **fields)
-    return train(model, training, objective or Objective(), SCHEDULE)
+    return train(model, training, objective or Objective(), [SCHEDULE])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -98,7 +99,7 @@ def test_the_teacher_is_left_alone() -> None:
     teacher = tiny.build("llama").requires_grad_(False)
     before = weights(teacher)
     training = tiny.training_sample(lambda: teacher)
-    train(tiny.build("llama", seed=1), training, Objective(distill=0.5), SCHEDULE)
+    train(tiny.build("llama", seed=1), training, Objective(distill=0.5), [SCHEDULE])
     assert all(torch.equal(before[name], p) for name, p in teacher.named_parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -113,7 +114,7 @@ def test_small_steps_are_not_lost_to_bfloat16() -> None:
         training = replace(
             tiny.training_sample(lambda t=teacher: t), tokens=tiny.token_ids(2, 16).repeat(steps, 1)
         )
-        train(model, training, Objective(), Schedule(learning_rate=5e-5, warmup=0.0))
+        train(model, training, Objective(), [Schedule(learning_rate=5e-5, warmup=0.0)])
         moved[steps] = sum(int((before[n] != p).sum()) for n, p in model.named_parameters())
     assert moved[24] > 1.5 * moved[1]
 
@@ -124,11 +125,11 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(monkeypatch: pytest.Mon
     save_after_every_step(monkeypatch)
     real, calls = healing._Run.update, []
 
-    def dies(self: Any, loss: float, clip: float) -> None:
+    def dies(self: Any, loss: float) -> None:
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        real(self, loss, clip)
+        real(self, loss)
 
     monkeypatch.setattr(healing._Run, "update", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -207,7 +208,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone() -> No
     for decay in (0.0, 0.5):
         model = tiny.build("opt")
         training = tiny.training_sample(lambda: tiny.build("opt"))
-        train(model, training, Objective(), SCHEDULE.model_copy(update={"weight_decay": decay}))
+        train(model, training, Objective(), [SCHEDULE.model_copy(update={"weight_decay": decay})])
         moved[decay] = weights(model)
     vectors = [name for name, weight in moved[0.0].items() if weight.ndim == 1]
     # Through the matrices, decay moves the later gradients a little; its own pull is a hundred times larger.
@@ -224,7 +225,7 @@ def test_double_precision_is_kept() -> None:
         model,
         tiny.training_sample(lambda: tiny.build("llama")),
         Objective(),
-        Schedule(learning_rate=1e-300, warmup=0.0),
+        [Schedule(learning_rate=1e-300, warmup=0.0)],
     )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -233,7 +234,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_keep_no_gradient() -> None:
     model = tiny.build("llama")
     before = weights(model)
     chosen = [p for name, p in model.named_parameters() if "mlp" in name]
-    train(model, tiny.training_sample(lambda: tiny.build("llama")), Objective(), SCHEDULE, chosen)
+    train(model, tiny.training_sample(lambda: tiny.build("llama")), Objective(), [SCHEDULE], chosen)
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name], parameter) != ("mlp" in name)
         assert parameter.grad is None
@@ -272,36 +273,61 @@ def test_what_a_killed_process_left_half_written_is_removed() -> None:
     assert alive.exists()
 
 
+def at(*rates: float) -> list[Schedule]:
+    return [Schedule(learning_rate=rate) for rate in rates]
+
+
 def test_the_rehearsed_rate_is_the_best_and_leaves_no_trace() -> None:
-    """Training goes on as if the rate had been given: same weights, same curve."""
+    """Training goes on as if the rate had been given: same weights, same curve, no state left behind."""
     training = replace(tiny.training_sample(lambda: tiny.build("llama")), batch=1)
     rehearsed, given = tiny.build("llama", seed=1), tiny.build("llama", seed=1)
-    rates = (1e-9, 3e-3, 1e4)
-    notes = train(rehearsed, training, Objective(), Schedule(), rates=rates)
+    notes = train(rehearsed, training, Objective(), at(1e-9, 3e-3, 1e4))
     found = notes["rehearsal"]["held_out_cross_entropy"]
     assert notes["rehearsal"]["tokens"] == training.tokens[:1].numel()
     assert list(found) == ["1e-09", "0.003", "10000"]
     assert min(found, key=lambda rate: found[rate] or math.inf) == "0.003"
     assert notes["schedule"]["learning_rate"] == 3e-3
-    alone = train(given, training, Objective(), Schedule(learning_rate=3e-3))
+    alone = train(given, training, Objective(), at(3e-3))
     assert "rehearsal" not in alone
     assert notes["loss"] == alone["loss"]
     for name, parameter in weights(given).items():
         assert torch.equal(parameter, rehearsed.get_parameter(name))
 
 
-def test_a_rate_that_diverges_loses_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1 / 4, 1.0])
+def test_a_rate_that_diverges_is_not_chosen(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its last step shows it, by a held-out loss that is not a number, or an earlier one."""
+    monkeypatch.setattr(healing, "REHEARSAL_SHARE", share)
+    save_after_every_step(monkeypatch)
+    real = Schedule.rate
+    monkeypatch.setattr(
+        Schedule, "rate", lambda self, *at: math.nan if self.learning_rate > 1 else real(self, *at)
+    )
     training = tiny.training_sample(lambda: tiny.build("llama"))
-    real = healing._run
-
-    def fails(*arguments: Any) -> Any:
-        if arguments[5].learning_rate > 1:
-            raise CellFailed("training diverged in step 1 of 1: lower learning_rate")
-        return real(*arguments)
-
-    monkeypatch.setattr(healing, "_run", fails)
-    notes = train(tiny.build("llama"), training, Objective(), Schedule(), rates=(1e-4, 2.0))
+    notes = train(tiny.build("llama"), training, Objective(), at(2.0, 1e-4))
     assert notes["rehearsal"]["held_out_cross_entropy"]["2"] is None
     assert notes["schedule"]["learning_rate"] == 1e-4
-    with pytest.raises(CellFailed, match=r"diverged at every learning rate of 2.0, 3.0"):
-        train(tiny.build("llama"), training, Objective(), Schedule(), rates=(2.0, 3.0))
+    with pytest.raises(CellFailed, match=r"diverged at every learning rate: 2, 3\. Give a lower one"):
+        train(tiny.build("llama"), training, Objective(), at(2.0, 3.0))
+    assert not list((healing.cache_directory() / "healing").iterdir())
+
+
+def test_only_one_optimizer_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal that outlived its end would double the memory of training."""
+    runs: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive: list[int] = []
+    real = healing._Run.__init__
+
+    def made(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        runs.add(self)
+        alive.append(len(runs))
+
+    monkeypatch.setattr(healing._Run, "__init__", made)
+    train(
+        tiny.build("llama"),
+        tiny.training_sample(lambda: tiny.build("llama")),
+        Objective(),
+        at(1e-4, 1e-3, 1e-2),
+    )
+    assert alive == [1, 1, 1, 1]
