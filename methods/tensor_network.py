@@ -286,21 +286,41 @@ class _Work:
 
     def carry_out(self, rungs: Mapping[str, Rung]) -> dict[str, tuple[float, float]]:
         """Put the networks in place from the first block on; relative losses before and after refining."""
+        chosen = {
+            index: [line for line in lines if rungs[line.path].bonds] for index, lines in self.linears.items()
+        }
+        if self._blind:
+            return {
+                line.path: self._fit(line, _plain(line, self.model.device), rungs)
+                for lines in chosen.values()
+                for line in lines
+            }
         losses: dict[str, tuple[float, float]] = {}
+        last = max((index for index, lines in chosen.items() if lines), default=-1)
         for block in stream(self.model, self.tokens, len(self.sensed)):
-            if not any(rungs[line.path].bonds for line in self.linears[block.index]):
+            if block.index > last:
+                break
+            if not chosen[block.index]:
                 continue
             moments = pull_back(block, self.gradients[block.index])[0] if self.gradients else {}
             for line, importance, _ in self._weighed(block, moments, rungs):
-                linear = _linear(self.model, line.path)
-                network, bonds = self.method.network(line), rungs[line.path].bonds
-                found = fit(
-                    linear.weight, network, bonds, importance, self.config.weighting, self.config.refine
-                )
-                kind: type[TensorLinear] = TuckerLinear if self.config.form == "tucker" else MpoLinear
-                replace(self.model, line.path, kind.from_cores(network, found.cores, linear, found.scale))
-                losses[line.path] = (round(found.losses[0], 6), round(found.losses[-1], 6))
+                losses[line.path] = self._fit(line, importance, rungs)
         return losses
+
+    @property
+    def _blind(self) -> bool:
+        """Whether nothing that the text could tell decides the networks, as in the paper's construction."""
+        return self.config.weighting == "none" and self.config.metric == "outputs" and not self.config.refine
+
+    def _fit(
+        self, line: LinearShape, importance: Importance, rungs: Mapping[str, Rung]
+    ) -> tuple[float, float]:
+        linear = _linear(self.model, line.path)
+        network, bonds = self.method.network(line), rungs[line.path].bonds
+        found = fit(linear.weight, network, bonds, importance, self.config.weighting, self.config.refine)
+        kind: type[TensorLinear] = TuckerLinear if self.config.form == "tucker" else MpoLinear
+        replace(self.model, line.path, kind.from_cores(network, found.cores, linear, found.scale))
+        return round(found.losses[0], 6), round(found.losses[-1], 6)
 
     def _weighed(
         self, block: BlockOnStream, gradients: Mapping[str, Tensor], rungs: Mapping[str, Rung] | None = None
@@ -339,6 +359,11 @@ def _damped(moment: Tensor) -> tuple[Tensor, float]:
     if scale == 0:
         return identity, 0.0
     return (1 - DAMPING) * moment / scale + DAMPING * identity, scale
+
+
+def _plain(line: LinearShape, device: torch.device) -> Importance:
+    """All inputs count alike."""
+    return Importance(torch.eye(line.in_features, dtype=torch.float64, device=device))
 
 
 def _dense(line: LinearShape) -> Rung:

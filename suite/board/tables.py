@@ -27,13 +27,17 @@ def rows(records: Sequence[Record], standings: Standings | None = None) -> list[
     Without `standings`, which need the items, rows have no rank and no difference to dense.
     """
     dense = {
-        conditions(record): record.measurements
+        (conditions(record), record.conditions.get("device")): record.measurements
         for record in records
         if record.spec.recipe == "dense" and record.measurements
     }
     standings = standings or {}
     result = [
-        _row(record, dense.get(conditions(record)), standings.get(record.id, Standing()))
+        _row(
+            record,
+            dense.get((conditions(record), record.conditions.get("device"))),
+            standings.get(record.id, Standing()),
+        )
         for record in records
     ]
     return sorted(result, key=_order)
@@ -128,6 +132,7 @@ FORMATS: dict[str, Format] = {
 
 
 def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
+    """`dense` was measured on the same kind of machine, so that speeds can be compared."""
     spec, m, budget = record.spec, record.measurements, record.spec.budget
     sizes = m.sizes if m else None
     accuracy, interval = _mean_accuracy(m)
@@ -311,7 +316,10 @@ def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
         notes.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")
     notes += noise_notes(next((row["noise"] for row in members if row["noise"]), None))
     if has_dense:
-        notes.append("in brackets: ratio to dense, measured apart; peak and ratios carry the machine's noise")
+        notes.append(
+            "in brackets: ratio to dense, measured apart on the same kind of machine; peak and ratios carry"
+            " its noise"
+        )
     return tuple(notes)
 
 

@@ -3,5 +3,7 @@
 from lm_eval.__main__ import cli_evaluate
 
 import suite.evaluate.model  # noqa: F401 (importing it registers the model)
+from suite import bfloat16
 
-cli_evaluate()
+with bfloat16.widened("cpu"):
+    cli_evaluate()

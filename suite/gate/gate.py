@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from suite import bfloat16
 from suite.errors import InputError
 from suite.gate import criteria, sides
 from suite.gate.accuracy import Accuracy, Flip, Pairs, Progress, TaskMove
@@ -105,7 +106,9 @@ def run(settings: Settings, progress: Progress = lambda used, available, decisio
     Raises:
         InputError: a side that cannot be found or paired, or a criterion that cannot be applied.
     """
-    return _Gate(settings.checked(), progress).report()
+    settings = settings.checked()
+    with bfloat16.widened(settings.device):
+        return _Gate(settings, progress).report()
 
 
 class _Gate:

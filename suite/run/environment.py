@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from suite import bfloat16
+
 PACKAGES = ("weighin", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "safetensors", "numpy")
 
 
@@ -32,15 +34,24 @@ def conditions(device: str, jobs: int, dtype: str) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The processor's or accelerator's own name."""
+    """The accelerator's own name; of a processor also what decides how fast torch is on it.
+
+    Processors of one name differ tenfold in bfloat16, so that their speeds must not be compared.
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    products = "" if bfloat16.native(device) else ", bfloat16 products in float32"
+    return f"{_processor()}, {psutil.cpu_count(logical=True)} cores, {instructions}{products}"
+
+
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {psutil.cpu_count(logical=True)} cores"
+    return model or platform.machine()
 
 
 @functools.cache

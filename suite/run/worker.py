@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from suite import calibration, checkpoint
+from suite import bfloat16, calibration, checkpoint
 from suite.errors import WeighinError
 from suite.evaluate import harness, perplexity
 from suite.measure import speed
@@ -210,7 +210,9 @@ def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connec
     try:
         for plugin in job.plugins:
             load_plugin(plugin)
-        pipe.send(("result", step(job, report)))
+        with bfloat16.widened(job.spec.device):
+            result = step(job, report)
+        pipe.send(("result", result))
     except WeighinError as error:
         pipe.send(("error", str(error)))
     except Exception as error:  # a method or a library may raise anything; the grid goes on

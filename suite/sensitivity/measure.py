@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from suite import calibration, seal
+from suite import bfloat16, calibration, seal
 from suite.calibration import Calibration, tokens_digest
 from suite.checkpoint import surgery_of
 from suite.errors import CellFailed, ImpossibleBudget, InputError, WeighinError
@@ -139,6 +139,12 @@ class Profiler:
         Raises:
             InputError: the method cannot act on parts, or a text or task cannot be loaded.
         """
+        with bfloat16.widened(self.spec.device):
+            return self._run(parts, strengths, listener)
+
+    def _run(
+        self, parts: Sequence[Part], strengths: Sequence[float], listener: Callable[[str, int, int], None]
+    ) -> Profile:
         profile = load_profile(self.path)
         total, done = len(parts) * len(strengths), 0
         for part in parts:
