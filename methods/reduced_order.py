@@ -194,7 +194,7 @@ class _Work:
         self.sensed = fitting[:SENSED]
         self.losses: dict[str, list[float]] = {}
         """Predicted rise of the mean loss (nats a token) of each linear at rank 1, 2, …"""
-        self.gradients: list[Tensor] = []
+        self.gradients: list[list[Tensor]] = []
         if config.metric == "loss" or config.allocation in ("water-filled", "searched"):
             self.gradients = loss_gradients(model, self.sensed, self._sense)
 
@@ -234,15 +234,14 @@ class _Work:
 
     def reduce(self, ranks: Ranks) -> None:
         """Reduce the model to `ranks`, from the first block on, with all calibration text."""
-        for block in stream(self.model, self.tokens, len(self.sensed)):
+        for block in stream(self.model, self.tokens, batch_size=1):
             self._reduce_block(block, ranks)
 
     def trial(self, ranks: Ranks) -> float:
         """Mean loss on held-back text of the model reduced to `ranks`; the model is left dense."""
-        size = len(self.sensed)
         dense: dict[str, nn.Module] = {}
         # The watching stream comes first, so that zip lets it pass through the last block too.
-        pair = (stream(self.model, self.watching, size), stream(self.model, self.fitting, size))
+        pair = (stream(self.model, self.watching, 1), stream(self.model, self.fitting, 1))
         watched: list[Tensor] = []
         for watching, block in zip(*pair, strict=False):
             watched = watching.inputs

@@ -258,7 +258,7 @@ class _Work:
         for line in anatomy_of(model).linears:
             self.linears.setdefault(line.block, []).append(line)
         self.offers: Offers = {}
-        self.gradients: list[Tensor] = []
+        self.gradients: list[list[Tensor]] = []
         if self.config.metric == "loss":
             self.gradients = loss_gradients(model, self.sensed, self._sense)
         elif self.config.bonds == "water-filled":
@@ -297,7 +297,7 @@ class _Work:
             }
         losses: dict[str, tuple[float, float]] = {}
         last = max((index for index, lines in chosen.items() if lines), default=-1)
-        for block in stream(self.model, self.tokens, len(self.sensed)):
+        for block in stream(self.model, self.tokens, batch_size=1):
             if block.index > last:
                 break
             if not chosen[block.index]:

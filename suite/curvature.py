@@ -25,30 +25,30 @@ _NOTHING = -100
 
 def loss_gradients(
     model: PreTrainedModel, tokens: Tensor, see: Callable[[BlockOnStream, dict[str, Tensor]], None]
-) -> list[Tensor]:
-    """Gradients of the summed loss on `tokens`, all in one batch, at every block's output, by block.
+) -> list[list[Tensor]]:
+    """Gradients of the summed loss on `tokens` at every block's output, by block and sequence.
 
     `see` is called with every block, the last one first, and G of the outputs of the linears in it
     (by path inside the block). Held are the hidden states between blocks, for these tokens alone,
-    and the inside of one block.
+    and the inside of one block for one sequence.
     """
     blocks: list[BlockOnStream] = []
-    for block in stream(model, tokens, batch_size=len(tokens)):
+    for block in stream(model, tokens, batch_size=1):
         blocks.append(BlockOnStream(block.index, block.path, block.module, [*block.inputs], block.arguments))
         leaving = block.inputs
-    rows = zip(tokens.split(1), leaving[0].split(1), strict=True)
-    gradient = torch.cat([_at_the_end(model, ids, hidden) for ids, hidden in rows])
-    by_block: list[Tensor] = []
+    rows = zip(tokens.split(1), leaving, strict=True)
+    gradients = [_at_the_end(model, ids, hidden) for ids, hidden in rows]
+    by_block: list[list[Tensor]] = []
     for block in reversed(blocks):
-        by_block.append(gradient)
-        moments, gradient = pull_back(block, gradient)
+        by_block.append(gradients)
+        moments, gradients = pull_back(block, gradients)
         see(block, moments)
         block.inputs = []
     return by_block[::-1]
 
 
-def pull_back(block: BlockOnStream, gradient: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """From the gradient at a block's output, for its first batch of inputs, to that at its input.
+def pull_back(block: BlockOnStream, gradients: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """From the gradients at a block's output, one for each of its first batches, to those at its input.
 
     Also returns G = Σ g gᵀ (float64) at the outputs of each linear, by path inside the block.
     """
@@ -67,10 +67,12 @@ def pull_back(block: BlockOnStream, gradient: Tensor) -> tuple[dict[str, Tensor]
     linears = {path: child for path, child in block.module.named_modules() if isinstance(child, nn.Linear)}
     handles = [linear.register_forward_hook(watch(path)) for path, linear in linears.items()]
     try:
-        with torch.enable_grad():
-            entering = block.inputs[0].detach().requires_grad_(True)
-            output = block.module(entering, **block.arguments[0])
-        pulled = torch.autograd.grad(output, entering, gradient)[0]
+        pulled = []
+        for hidden, arguments, gradient in zip(block.inputs, block.arguments, gradients, strict=False):
+            with torch.enable_grad():
+                entering = hidden.detach().requires_grad_(True)
+                output = block.module(entering, **arguments)
+            pulled.append(torch.autograd.grad(output, entering, gradient)[0])
     finally:
         for handle in handles:
             handle.remove()
