@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from suite.errors import InputError
+from suite.grids import round_to_nearest
 from suite.layers import (
     LowRankLinear,
     ModuleSpec,
@@ -21,7 +22,6 @@ from suite.layers import (
     default_dtype,
     pack,
     replace,
-    round_to_nearest,
     spec_of,
     unpack,
 )
