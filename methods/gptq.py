@@ -85,8 +85,8 @@ class Gptq(Quantizer[GptqConfig]):
                 raised, fallbacks = raised + rounded.raised, fallbacks + len(step) * rounded.fallback
                 dead += int((moment.diagonal() == 0).sum())
                 heights = [linear.out_features for linear in linears]
-                parts = zip(*(t.split(heights) for t in (rounded.codes, rounded.scales, rounded.zeros)))
-                for path, linear, part in zip(step, linears, parts, strict=True):
+                parts = [t.split(heights) for t in (rounded.codes, rounded.scales, rounded.zeros)]
+                for path, linear, *part in zip(step, linears, *parts, strict=True):
                     module = packed_like(linear, specs[prefix + path])
                     module.store_(*part)
                     replace(model, prefix + path, module)

@@ -78,17 +78,14 @@ def searched_grid(
     symmetric grid has one step more on one side; `signed` also tries to lay it on the side of the
     largest weight, by a negative scale where that weight is positive.
     """
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for scales, zeros in _candidates(blocks, bits, symmetric, shares, signed):
-        found = loss(blocks - values_of(codes_on(blocks, scales, zeros, bits), scales, zeros))
-        if best is None:
-            best = (found, scales, zeros)
-        else:
-            better = found < best[0]
-            new = (found, scales, zeros)
-            best = tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2]
+    least = torch.full(blocks.shape[:-1], math.inf, device=blocks.device)
+    scales, zeros = range_grid(blocks, bits, symmetric)
+    for scale, zero in _candidates(blocks, bits, symmetric, shares, signed):
+        found = loss(blocks - values_of(codes_on(blocks, scale, zero, bits), scale, zero))
+        better = found < least
+        least = torch.where(better, found, least)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros
 
 
 def _candidates(
