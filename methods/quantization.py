@@ -1,43 +1,60 @@
-"""Weight quantization into the suite's packed linear."""
+"""Weight quantization into the suite's packed linear: what all quantizers share, and rounding to nearest.
+
+A quantizer says how a matrix is stored (`format`) and fills the planned modules (`pack_linears`, or
+`pack` for one matrix at a time). The same rule of groups holds for all: a group size that does not
+divide a row's width leaves the row's last group shorter, and one above the width is the whole row.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
+import torch
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
-from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead, replace
+from suite.layers import LowRankLinear, ModuleSpec, PackedMatrix, TiedHead, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
+from suite.models.layouts import Layout, layout_of
 
 Bits = Literal[16, 8, 4]
 Group = Annotated[int, Field(gt=0)] | Literal["channel"]
 
 
-class RtnConfig(MethodConfig):
+class QuantizerConfig(MethodConfig):
     """Knobs of every quantizer.
 
-    `group`: columns that share a scale, or "channel" for a whole row. `symmetric`: fixed zero point.
-    `embedding`: bits of embedding and head, 16 = untouched; solved for the budget when not given.
+    `group`: columns that share a scale, or "channel" for a whole row. `embedding`: bits of embedding
+    and head, 16 = untouched; solved for the budget when not given.
     """
 
-    group: Group = Field(default="channel")
-    symmetric: bool = True
+    group: Group = Field(default=64)
     embedding: Bits | None = None
 
 
-class RoundToNearest(Method[RtnConfig]):
-    """Every decoder linear on a uniform integer grid, each weight to its nearest point; no data."""
+class UniformConfig(QuantizerConfig):
+    """As for every quantizer, and `symmetric`: fixed zero point."""
+
+    symmetric: bool = True
+
+
+ConfigT = TypeVar("ConfigT", bound=QuantizerConfig)
+
+
+class Quantizer(Method[ConfigT]):
+    """Every decoder linear (factors of earlier stages included) as packed integers of `bits` bits.
+
+    Embedding and head are rounded to nearest where they are packed at all.
+    """
 
     family = "quantization"
-    source = "round to nearest, the baseline of GPTQ (arXiv 2210.17323, section 5)"
     acts_on = frozenset({"bytes"})
-    Config = RtnConfig
     bits: ClassVar[int]
-    embedding_choices: ClassVar[tuple[Bits, ...]]
+    embedding_choices: ClassVar[tuple[Bits, ...]] = (16, 8, 4)
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
         anatomy.dense_linears(self.name)
@@ -45,70 +62,116 @@ class RoundToNearest(Method[RtnConfig]):
             return self._plan(anatomy, self.config.embedding or 16)
         return largest_fitting((self._plan(anatomy, b) for b in self.embedding_choices), anatomy, target)
 
-    def _plan(self, anatomy: Anatomy, embedding: Bits) -> Plan:
-        modules = {
-            line.path: ModuleSpec(
-                type="packed_linear",
-                arguments={
-                    "in_features": line.in_features,
-                    "out_features": line.out_features,
-                    "bits": self.bits,
-                    "group": self._group(line.in_features),
-                    "symmetric": self.config.symmetric,
-                    "bias": line.bias,
-                },
-            )
-            for line in anatomy.linears
-        }
-        if embedding < 16:
-            modules |= self._embedding_modules(anatomy, embedding)
-        knobs = {"group": self.config.group, "symmetric": self.config.symmetric, "embedding": embedding}
-        return Plan(knobs=knobs, modules=modules)
+    def format(self, bits: int, columns: int) -> dict[str, Any]:
+        """How a matrix of `columns` columns is stored at `bits` bits: arguments of `PackedMatrix`."""
+        group = columns if self.config.group == "channel" else min(self.config.group, columns)
+        return {"bits": bits, "group": group, "symmetric": getattr(self.config, "symmetric", True)}
 
-    def _embedding_modules(self, anatomy: Anatomy, bits: int) -> dict[str, ModuleSpec]:
-        def shared(width: int) -> dict[str, Any]:
-            return {"bits": bits, "group": self._group(width), "symmetric": self.config.symmetric}
+    def pack_linears(
+        self, model: PreTrainedModel, specs: dict[str, ModuleSpec], calibration: Calibration | None
+    ) -> dict[str, Any]:
+        """Put packed linears at the paths of `specs`; returns notes for the record."""
+        for path, spec in specs.items():
+            linear = linear_at(model, path)
+            module = packed_like(linear, spec)
+            self.pack(module, linear.weight)
+            replace(model, path, module)
+        return {}
 
-        vocab, width, read = anatomy.vocab_size, anatomy.embedding_size, anatomy.head_size
-        table = ModuleSpec(
-            type="packed_embedding",
-            arguments={"num_embeddings": vocab, "embedding_dim": width, **shared(width)},
-        )
-        head = (
-            ModuleSpec(type="tied_head", arguments={"source": anatomy.layout.embedding})
-            if anatomy.tied
-            else ModuleSpec(
-                type="packed_linear",
-                arguments={
-                    "in_features": read,
-                    "out_features": vocab,
-                    **shared(read),
-                    "bias": anatomy.head_bias,
-                },
-            )
-        )
-        return {anatomy.layout.embedding: table, anatomy.layout.head: head}
+    def pack(self, matrix: PackedMatrix, weight: torch.Tensor) -> None:
+        """Fill `matrix` with `weight` (rows × columns), without data."""
+        matrix.quantize_(weight)
 
-    def _group(self, columns: int) -> int:
-        return columns if self.config.group == "channel" else min(self.config.group, columns)
-
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
-        symmetric = self.config.symmetric
-        for path, spec in plan.modules.items():
-            module, arguments = model.get_submodule(path), spec.arguments
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan | None:
+        layout = layout_of(model.config)
+        ends = {p: spec for p, spec in plan.modules.items() if p in (layout.embedding, layout.head)}
+        for path, spec in ends.items():
             if spec.type == "tied_head":
-                head = TiedHead(arguments["source"])
+                head = TiedHead(spec.arguments["source"])
                 head.bind(model)
                 replace(model, path, head)
                 model.config.tie_word_embeddings = False  # the head holds the tie from here on
-            elif isinstance(module, nn.Embedding):
-                table = PackedEmbedding.from_embedding(
-                    module, arguments["bits"], arguments["group"], symmetric
-                )
-                replace(model, path, table)
-            elif isinstance(module, nn.Linear):
-                packed = PackedLinear.from_linear(module, arguments["bits"], arguments["group"], symmetric)
-                replace(model, path, packed)
+                continue
+            old = cast(nn.Embedding | nn.Linear, model.get_submodule(path))
+            module = packed_like(old, spec)
+            self.pack(module, old.weight)
+            replace(model, path, module)
+        inner = {path: spec for path, spec in plan.modules.items() if path not in ends}
+        notes = self.pack_linears(model, inner, calibration)
+        return plan.model_copy(update={"notes": plan.notes | notes}) if notes else None
+
+    def _plan(self, anatomy: Anatomy, embedding: Bits) -> Plan:
+        modules = {
+            line.path: self._linear(self.bits, line.out_features, line.in_features, line.bias)
+            for line in anatomy.linears
+        }
+        shorter = sum(bool(s.arguments["in_features"] % s.arguments["group"]) for s in modules.values())
+        if embedding < 16:
+            modules |= self._ends(anatomy, embedding)
+        shown = ("group", "symmetric") if hasattr(self.config, "symmetric") else ("group",)
+        knobs = {knob: getattr(self.config, knob) for knob in shown} | {"embedding": embedding}
+        # Kept for the reader of the record: rows of these linears end in a shorter group.
+        notes = {"linears_with_a_shorter_last_group": shorter} if shorter else {}
+        return Plan(knobs=knobs, notes=notes, modules=modules)
+
+    def _linear(self, bits: int, out_features: int, in_features: int, bias: bool) -> ModuleSpec:
+        shape = {"in_features": in_features, "out_features": out_features}
+        arguments = {**shape, **self.format(bits, in_features), "bias": bias}
+        return ModuleSpec(type="packed_linear", arguments=arguments)
+
+    def _ends(self, anatomy: Anatomy, bits: int) -> dict[str, ModuleSpec]:
+        vocab, width, layout = anatomy.vocab_size, anatomy.embedding_size, anatomy.layout
+        table = ModuleSpec(
+            type="packed_embedding",
+            arguments={"num_embeddings": vocab, "embedding_dim": width, **self.format(bits, width)},
+        )
+        if anatomy.tied:
+            head = ModuleSpec(type="tied_head", arguments={"source": layout.embedding})
+        else:
+            head = self._linear(bits, vocab, anatomy.head_size, anatomy.head_bias)
+        return {layout.embedding: table, layout.head: head}
+
+
+def packed_like(old: nn.Linear | nn.Embedding, spec: ModuleSpec) -> PackedMatrix:
+    """An empty packed module of this spec, with the device, dtype and any bias of `old`."""
+    module = cast(PackedMatrix, spec.build(old.weight.dtype, str(old.weight.device)))
+    if isinstance(old, nn.Linear):
+        module.bias = old.bias
+    return module
+
+
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
+    """The dense linear at `path`."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def steps(layout: Layout, block: nn.Module, paths: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Those of `paths` inside a block in the order they run, linears that read one input together.
+
+    The factors of a linear follow each other; the first of a low-rank pair reads what the linear read.
+    """
+    for group in layout.groups:
+        inner = [path for path in paths if path.startswith(tuple(f"{whole}." for whole in group))]
+        pairs = {whole for whole in group if isinstance(block.get_submodule(whole), LowRankLinear)}
+        shared = [p for p in paths if p in group or (p.endswith(".first") and p[: -len(".first")] in pairs)]
+        if shared:
+            yield tuple(shared)
+        yield from ((path,) for path in inner if path not in shared)
+
+
+class RtnConfig(UniformConfig):
+    """As for every quantizer; one scale per output channel by default."""
+
+    group: Group = Field(default="channel")
+
+
+class RoundToNearest(Quantizer[UniformConfig]):
+    """Every decoder linear on a uniform integer grid, each weight to its nearest point; no data."""
+
+    source = "round to nearest, the baseline of GPTQ (arXiv 2210.17323, section 5)"
+    Config = UniformConfig
 
 
 @register
@@ -116,14 +179,9 @@ class RtnInt8(RoundToNearest):
     """Round to nearest, 8 bits, one scale per output channel unless `group` is given."""
 
     name = "rtn-int8"
+    Config = RtnConfig
     bits = 8
     embedding_choices = (16, 8)
-
-
-class RtnInt4Config(RtnConfig):
-    """As for every quantizer; groups of 64 columns by default."""
-
-    group: Group = Field(default=64)
 
 
 @register
@@ -131,6 +189,12 @@ class RtnInt4(RoundToNearest):
     """Round to nearest, 4 bits, groups of 64 columns unless `group` is given."""
 
     name = "rtn-int4"
-    Config = RtnInt4Config
     bits = 4
-    embedding_choices = (16, 8, 4)
+
+
+@register
+class RtnInt3(RoundToNearest):
+    """Round to nearest, 3 bits, groups of 64 columns unless `group` is given."""
+
+    name = "rtn-int3"
+    bits = 3

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, get_args
 
 import torch
 from pydantic import field_validator
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from suite.errors import InputError
+from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
 from suite.registry import Registry
 from suite.specs import Frozen
 
@@ -190,18 +191,21 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
         return codes.reshape(rows, -1)[:, :n]
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)
-    stream = functional.pad(stream, (0, n * bits - stream.shape[1])) if stream.shape[1] < n * bits else stream
-    weights = torch.tensor([1 << k for k in range(bits)], dtype=torch.uint8, device=packed.device)
-    return (stream[:, : n * bits].reshape(rows, n, bits) * weights).sum(-1, dtype=torch.uint8)
+    # Eight codes fill `bits` bytes, here read as one number.
+    words = functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits).int()
+    places = torch.arange(0, 8 * bits, 8, dtype=torch.int32, device=packed.device)
+    shifts = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=packed.device)
+    codes = ((words << places).sum(-1, keepdim=True, dtype=torch.int32) >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(rows, -1)[:, :n]
 
 
 class PackedMatrix(nn.Module):
     """A (rows × columns) matrix as packed integers with one scale (and zero point) per group.
 
     A group is `group` consecutive columns of one row; the last group of a row may be shorter.
-    Value = scale · (code − zero); symmetric grids have the fixed zero `2^(bits−1)`.
+    Value = scale · (code − zero); symmetric grids have the fixed zero `2^(bits−1)`, others a packed
+    one of `bits` bits, or, on the grid "float-zero", a float16 one. On the grid "normal-float" (4
+    bits, symmetric) the code picks one of the 16 NF4 values, which the scale multiplies.
     Scales are float16: bfloat16 would cost precision, float32 twice the bytes.
     """
 
@@ -209,17 +213,27 @@ class PackedMatrix(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int, symmetric: bool):
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int, symmetric: bool, grid: Grid = "uniform"
+    ):
         super().__init__()
         if bits not in (2, 3, 4, 8):
             raise InputError(f"{bits} bits cannot be packed; use 2, 3, 4 or 8.")
+        if grid not in get_args(Grid):
+            raise InputError(f"there is no grid '{grid}'; use {', '.join(get_args(Grid))}.")
+        if grid == "normal-float" and not (bits == 4 and symmetric):
+            raise InputError("the grid 'normal-float' is symmetric and has 4 bits.")
+        if grid == "float-zero" and symmetric:
+            raise InputError("the grid 'float-zero' has zeros of its own: it cannot be symmetric.")
         self.rows, self.columns, self.bits = rows, columns, bits
-        self.group, self.symmetric = min(group, columns), symmetric
+        self.group, self.symmetric, self.grid = min(group, columns), symmetric, grid
         groups = math.ceil(columns / self.group)
         width = math.ceil(columns * bits / 8)
         self.register_buffer("packed", torch.zeros(rows, width, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(rows, groups, dtype=torch.float16))
-        if not symmetric:
+        if grid == "float-zero":
+            self.register_buffer("zeros", torch.zeros(rows, groups, dtype=torch.float16))
+        elif not symmetric:
             zero_width = math.ceil(groups * bits / 8)
             self.register_buffer("zeros", torch.zeros(rows, zero_width, dtype=torch.uint8))
 
@@ -228,14 +242,27 @@ class PackedMatrix(nn.Module):
         """Weights represented, whatever their width: packing leaves the parameter count alone."""
         return self.rows * self.columns
 
+    def _grid_argument(self) -> dict[str, Any]:
+        # Left out where it is the default, so that specs from before there were others stay equal.
+        return {} if self.grid == "uniform" else {"grid": self.grid}
+
     @torch.no_grad()
     def quantize_(self, weight: Tensor) -> None:
         """Round `weight` (rows × columns) to the nearest grid point (RTN) and store it."""
-        codes, scales, zeros = round_to_nearest(weight, self.bits, self.group, self.symmetric)
-        self.packed.copy_(pack(codes, self.bits))
+        if self.grid == "normal-float":
+            self.store_(*to_normal_float(weight, self.group))
+        else:
+            self.store_(*round_to_nearest(weight, self.bits, self.group, self.symmetric))
+
+    @torch.no_grad()
+    def store_(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Store whole-numbered codes (rows × columns), scales and zeros (rows × groups) as they are."""
+        self.packed.copy_(pack(codes.to(torch.uint8), self.bits))
         self.scales.copy_(scales)
-        if not self.symmetric:
-            self.zeros.copy_(pack(zeros, self.bits))
+        if self.grid == "float-zero":
+            self.zeros.copy_(cast(Tensor, zeros))
+        elif not self.symmetric:
+            self.zeros.copy_(pack(cast(Tensor, zeros).to(torch.uint8), self.bits))
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """The matrix (or the chosen rows of it) in `dtype`."""
@@ -247,40 +274,23 @@ class PackedMatrix(nn.Module):
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns
         values = functional.pad(codes, (0, padding)) if padding else codes
-        values = values.reshape(-1, groups, self.group).to(dtype)
+        values = values.reshape(-1, groups, self.group)
+        if self.grid == "normal-float":
+            levels = torch.tensor(NORMAL_FLOAT, dtype=dtype, device=values.device)
+            return self._ungrouped(levels[values.int()] * scales.to(dtype).unsqueeze(-1))
+        values = values.to(dtype)
         if self.symmetric:
             values = values - float(1 << (self.bits - 1))
+        elif self.grid == "float-zero":
+            zeros = self.zeros if rows is None else self.zeros[rows]
+            values = values - zeros.to(dtype).unsqueeze(-1)
         else:
             zeros = self.zeros if rows is None else self.zeros[rows]
             values = values - unpack(zeros, self.bits, groups).to(dtype).unsqueeze(-1)
-        values = values * scales.to(dtype).unsqueeze(-1)
-        return values.reshape(-1, groups * self.group)[:, : self.columns]
+        return self._ungrouped(values * scales.to(dtype).unsqueeze(-1))
 
-
-def round_to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (uint8, rows × columns), float16 scales and uint8 zeros (rows × groups) by rounding.
-
-    Symmetric: scale = max|w| / (2^(b−1) − 1). Asymmetric: scale = (max(w,0) − min(w,0)) / (2^b − 1),
-    zero = round(−min/scale).
-    """
-    rows, columns = weight.shape
-    groups = math.ceil(columns / group)
-    blocks = functional.pad(weight.float(), (0, groups * group - columns)).reshape(rows, groups, group)
-    top = (1 << bits) - 1
-    smallest = torch.finfo(torch.float16).smallest_normal
-    if symmetric:
-        half = 1 << (bits - 1)
-        scales = (blocks.abs().amax(-1) / (half - 1)).clamp(min=smallest)
-        zeros = torch.full_like(scales, half)
-    else:
-        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-        scales = ((high - low) / top).clamp(min=smallest)
-        zeros = (-low / scales.half().float()).round().clamp(0, top)
-    # Codes are rounded against the scale that is stored, so float16 costs no further error.
-    scales = scales.half()
-    codes = (blocks / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
-    codes = codes.clamp(0, top).to(torch.uint8).reshape(rows, -1)[:, :columns]
-    return codes.contiguous(), scales, zeros.to(torch.uint8)
+    def _ungrouped(self, values: Tensor) -> Tensor:
+        return values.reshape(len(values), -1)[:, : self.columns]
 
 
 @module_type("packed_linear")
@@ -295,8 +305,9 @@ class PackedLinear(PackedMatrix):
         group: int,
         symmetric: bool = True,
         bias: bool = False,
+        grid: Grid = "uniform",
     ):
-        super().__init__(out_features, in_features, bits, group, symmetric)
+        super().__init__(out_features, in_features, bits, group, symmetric, grid)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -319,6 +330,7 @@ class PackedLinear(PackedMatrix):
             "group": self.group,
             "symmetric": self.symmetric,
             "bias": self.bias is not None,
+            **self._grid_argument(),
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -330,9 +342,15 @@ class PackedEmbedding(PackedMatrix):
     """An embedding table with packed rows; only the rows looked up are dequantized."""
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, bits: int, group: int, symmetric: bool = True
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int,
+        symmetric: bool = True,
+        grid: Grid = "uniform",
     ):
-        super().__init__(num_embeddings, embedding_dim, bits, group, symmetric)
+        super().__init__(num_embeddings, embedding_dim, bits, group, symmetric, grid)
         self.output_dtype = torch.get_default_dtype()
 
     @classmethod
@@ -352,6 +370,7 @@ class PackedEmbedding(PackedMatrix):
             "bits": self.bits,
             "group": self.group,
             "symmetric": self.symmetric,
+            **self._grid_argument(),
         }
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ def _enter(
         arguments.append(kwargs)
         return hidden_states
 
-    with _instead(blocks, pass_on):
+    # The final norm of a sliced model takes what leaves the last block, and not what enters the first.
+    norm = dict(model.named_modules()).get(layout_of(model.config).final_norm)
+    with _instead(blocks, pass_on), _instead([] if norm is None else [norm], lambda hidden: hidden):
         model.base_model(ids, use_cache=False)
     return entered[0], arguments
 

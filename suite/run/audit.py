@@ -257,7 +257,9 @@ def _audit_packed(path: str, module: PackedMatrix) -> None:
             f"{path}: {type(module).__name__} counts its own parameters (logical_parameters);"
             " only the suite counts"
         )
-    honest = PackedMatrix(module.rows, module.columns, module.bits, module.group, module.symmetric)
+    honest = PackedMatrix(
+        module.rows, module.columns, module.bits, module.group, module.symmetric, module.grid
+    )
     for name, tensor in _own(module):
         expected = honest._buffers.get(name)
         if expected is None:

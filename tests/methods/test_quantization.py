@@ -1,4 +1,4 @@
-"""Rounding to the nearest grid point."""
+"""Rounding to the nearest grid point, and what all quantizers share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from methods.quantization import steps
 from suite.conformance import tiny
-from suite.layers import PackedEmbedding, PackedLinear, TiedHead
+from suite.errors import InputError
+from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead
+from suite.measure.ledger import ledger, total_disk
+from suite.method import Plan
 from suite.models.anatomy import anatomy_of
-from suite.models.layouts import layout_of
+from suite.models.layouts import LLAMA_LIKE, layout_of
+from suite.recipe import Recipe
+from suite.specs import Budget
 
 
 def distance(family: str, recipe: str) -> float:
@@ -132,3 +138,78 @@ def test_half_precision_models_can_be_quantized(family: str, recipe: str) -> Non
     logits = tiny.logits_of(model)
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
+
+
+def planned(recipe: str, family: str = "llama") -> Plan:
+    return Recipe.parse(recipe).plan(tiny.anatomy(family), Budget(metric="none")).stages[-1]
+
+
+def test_three_bits_are_worse_than_four_and_smaller(family: str) -> None:
+    assert distance(family, "rtn-int4") < distance(family, "rtn-int3") < 1
+    three, four = (Recipe.parse(r).plan(tiny.anatomy(family), Budget(metric="none")).final.bytes
+                   for r in ("rtn-int3", "rtn-int4"))  # fmt: skip
+    assert three < four
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [
+        ("rtn-int4", 4 + 16 / 64),
+        ("rtn-int4(symmetric=false)", 4 + (16 + 4) / 64),
+        ("rtn-int3", 3 + 16 / 64),
+        ("gptq-int4", 4 + 16 / 64),
+        ("gptq-int3", 3 + 16 / 64),
+        ("awq-int4", 4 + (16 + 4) / 64),
+        ("nf4", 4 + 16 / 64),
+        ("hqq-int4", 4 + (16 + 16) / 64),
+        ("hqq-int3", 3 + (16 + 16) / 64),
+        ("rtn-int8", 8 + 16 / 512),
+        ("gptq-int8", 8 + 16 / 512),
+    ],
+)
+def test_the_bits_of_a_weight_are_those_of_the_formula(recipe: str, bits: float) -> None:
+    spec = Recipe.parse(recipe).stages[0]._linear(int(bits), 3, 512, False)
+    assert total_disk(ledger(spec.build(torch.float32))) == 3 * 512 * bits / 8
+
+
+def test_a_uniform_grid_is_planned_with_the_arguments_it_always_had() -> None:
+    arguments = {"in_features": 48, "out_features": 48, "bits": 4, "group": 48, "symmetric": True}
+    expected = ModuleSpec(type="packed_linear", arguments={**arguments, "bias": False})
+    plan = planned("rtn-int4")
+    assert plan.modules["model.layers.0.self_attn.q_proj"] == expected
+    assert plan.knobs == {"group": 64, "symmetric": True, "embedding": 16}
+
+
+@pytest.mark.parametrize("recipe", ["rtn-int4", "gptq-int4", "awq-int4", "nf4", "hqq-int4"])
+def test_a_group_that_does_not_divide_a_row_leaves_a_shorter_one_and_the_plan_says_so(recipe: str) -> None:
+    plan = planned(f"{recipe}(group=16)")
+    assert not plan.notes  # 48 and 112 are multiples of 16
+    plan = planned(f"{recipe}(group=32)")
+    assert plan.notes == {"linears_with_a_shorter_last_group": 7 * tiny.BLOCKS}
+    model = tiny.build("llama")
+    done = tiny.compress(model, f"{recipe}(group=32)").stages[0]
+    assert done.notes["linears_with_a_shorter_last_group"] == 7 * tiny.BLOCKS
+    query = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(query, PackedLinear)
+    assert query.scales.shape == (48, 2)
+
+
+@pytest.mark.parametrize("recipe", ["nf4(symmetric=true)", "hqq-int4(symmetric=false)"])
+def test_a_grid_without_a_choice_takes_no_symmetry(recipe: str) -> None:
+    with pytest.raises(InputError, match="unknown field 'symmetric'"):
+        Recipe.parse(recipe)
+
+
+def test_steps_run_in_order_and_share_what_is_read(llama: PreTrainedModel) -> None:
+    tiny.compress(llama, "svd(share=0.5)")
+    block = llama.get_submodule("model.layers.0")
+    paths = [p for p, module in block.named_modules() if isinstance(module, nn.Linear)]
+    found = list(steps(LLAMA_LIKE, block, paths))
+    attention = [f"self_attn.{name}_proj" for name in "qkv"]
+    assert found[0] == tuple(f"{path}.first" for path in attention)
+    assert found[1:4] == [(f"{path}.second",) for path in attention]
+    assert found[-2:] == [("mlp.down_proj.first",), ("mlp.down_proj.second",)]
+    assert sorted(path for step in found for path in step) == sorted(paths)
+    dense = tiny.build("llama").get_submodule("model.layers.0")
+    order = [list(group) for group in steps(LLAMA_LIKE, dense, list(LLAMA_LIKE.roles))]
+    assert order == [attention, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]

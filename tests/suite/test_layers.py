@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from suite.errors import InputError
+from suite.grids import round_to_nearest
 from suite.layers import (
     LowRankLinear,
     ModuleSpec,
@@ -21,7 +23,6 @@ from suite.layers import (
     default_dtype,
     pack,
     replace,
-    round_to_nearest,
     spec_of,
     unpack,
 )
@@ -151,6 +152,26 @@ def test_only_widths_that_can_be_packed_are_accepted() -> None:
         PackedMatrix(2, 2, 5, 2, True)
 
 
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "grid", "message"),
+    [
+        (4, True, "hexagonal", "there is no grid 'hexagonal'; use uniform"),
+        (3, True, "normal-float", "has 4 bits"),
+        (4, False, "normal-float", "is symmetric"),
+        (4, True, "float-zero", "cannot be symmetric"),
+    ],
+)
+def test_grids_that_do_not_fit_are_refused(bits: int, symmetric: bool, grid: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PackedMatrix(2, 2, bits, 2, symmetric, grid)
+
+
+def test_float_zeros_are_stored_and_used_as_they_are() -> None:
+    made = PackedMatrix(1, 3, 4, 2, False, "float-zero")
+    made.store_(torch.tensor([[1, 2, 3]]), torch.tensor([[2.0, 4.0]]), torch.tensor([[0.5, 1.25]]))
+    assert made.dequantize(torch.float32).tolist() == [[1.0, 3.0, 7.0]]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_packed_linear_computes_with_its_rounded_weights_and_its_own_bias(
@@ -228,6 +249,9 @@ def examples() -> list[nn.Module]:
         PackedLinear.from_linear(plain, 3, 7, False),
         PackedLinear.from_linear(plain, 8, 1000, True),
         PackedEmbedding.from_embedding(nn.Embedding(9, 10), 4, 4, False),
+        PackedLinear(20, 12, 4, 16, grid="normal-float"),
+        PackedLinear(20, 12, 3, 16, False, True, grid="float-zero"),
+        PackedEmbedding(9, 10, 4, 4, False, grid="float-zero"),
         TiedHead("model.embed_tokens"),
     ]
 
