@@ -8,7 +8,7 @@ they are those of the product with the dequantized weights, as if activations we
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 @module_type("dynamic_int8_linear")
 class DynamicInt8Linear(PackedLinear):
     """8-bit weights per output channel, 8-bit activations per token, an integer product."""
+
+    type_name: ClassVar[str]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, 8, in_features, True, bias)

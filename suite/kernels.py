@@ -95,7 +95,7 @@ def scale_output(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor
 
 
 def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """torch's own kernel for 8 bits with one scale per row, which widens the weights as it goes."""
+    """For 8 bits with one scale per row, torch's own kernel: it widens the weights as it goes."""
     scales = matrix.scales.squeeze(-1).to(x.dtype)
     product = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), signed_codes(matrix), scales)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
