@@ -20,6 +20,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from suite import kernels
 from suite.errors import InputError
 from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
 from suite.registry import Registry
@@ -295,7 +296,7 @@ class PackedMatrix(nn.Module):
 
 @module_type("packed_linear")
 class PackedLinear(PackedMatrix):
-    """A linear layer with packed weights, dequantized for the length of each call."""
+    """A linear layer with packed weights, dequantized for the length of each call or read as they are."""
 
     def __init__(
         self,
@@ -334,7 +335,7 @@ class PackedLinear(PackedMatrix):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+        return kernels.linear(x, self, self.bias)
 
 
 @module_type("packed_embedding")
@@ -395,4 +396,4 @@ class TiedHead(nn.Module):
         return {"source": self.source}
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._table[0].dequantize(x.dtype))
+        return kernels.linear(x, self._table[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from suite import checkpoint, data
+from suite import checkpoint, data, kernels
 from suite.errors import CellFailed
 from suite.evaluate import harness
 from suite.layers import PackedMatrix
@@ -223,8 +223,12 @@ def exercise(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits (batch × length × vocabulary) without a cache."""
-    logits: Tensor = model(ids.to(model.device), use_cache=False).logits
+    """Logits (batch × length × vocabulary) without a cache, by the reference kernels.
+
+    So that logits compared bit for bit tell of the weights, and not of which kernel was the faster.
+    """
+    with kernels.reference():
+        logits: Tensor = model(ids.to(model.device), use_cache=False).logits
     return logits
 
 

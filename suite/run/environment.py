@@ -12,13 +12,16 @@ from typing import Any
 import psutil
 import torch
 
-from suite import bfloat16
+from suite import bfloat16, kernels
 
 PACKAGES = ("weighin", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "safetensors", "numpy")
 
 
 def conditions(device: str, jobs: int, dtype: str) -> dict[str, Any]:
-    """Conditions of a measurement: device, threads, other work, versions and the suite's own state."""
+    """Conditions of a measurement: device, threads, other work, versions and the suite's own state.
+
+    `kernels` says which path multiplied by packed weights in this process, where there was a choice.
+    """
     return {
         "device": device_name(device),
         "dtype": dtype,
@@ -30,6 +33,7 @@ def conditions(device: str, jobs: int, dtype: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "git": git_state(),
+        "kernels": kernels.chosen(),
     }
 
 

@@ -1,0 +1,237 @@
+"""Products of activations with packed integers, each by the fastest path that was measured here.
+
+The reference path dequantizes the matrix and multiplies. For a few rows, as in decoding, others can be
+faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
+and number of rows. A path that does not agree with the reference is never taken. Nothing is stored
+twice: every path reads the packed tensors that the checkpoint holds.
+
+Paths differ in rounding. Where numbers must repeat bit for bit (compressing, and comparing a reload
+with what was saved), `reference()` keeps to the dequantizing path, so weights are compared and not
+kernels. It is also the path of training, of torch.compile, of tensors without data and of more than
+`FEW_ROWS` rows, where dequantizing costs little beside the product.
+
+torch's own int4 kernels are not among the paths: they want tile layouts of their own, which differ by
+device, and would be a second copy of the weights beside the one that is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from suite.layers import PackedMatrix
+
+FEW_ROWS = 16
+"""Above, the reference path is taken unmeasured."""
+
+REFERENCE = "dequantize"
+_BUCKETS = (1, 4, 16)
+_REPEATS = 3
+_MUST_GAIN = 0.8
+"""A path replaces another when it takes at most this share of its time: noise must not decide."""
+
+_EXACT_COLUMNS = 1024
+"""Sums of so many products of two 8-bit integers stay below 2²⁴, so float32 holds them exactly."""
+
+_VECTOR = 32
+"""torch's int8 kernel reads whole vectors without looking where a row ends (seen: a crash at 21)."""
+
+Path = Callable[[Tensor, "PackedMatrix", Tensor | None], Tensor]
+_chosen: dict[str, str] = {}
+_forced = 0
+
+
+def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
+        return dequantize(x, matrix, bias)
+    usable = paths(matrix, x.dtype, x.device)
+    if len(usable) == 1:
+        return dequantize(x, matrix, bias)
+    zeros = "symmetric" if matrix.symmetric else "asymmetric"
+    group = "channel" if matrix.group == matrix.columns else f"group {matrix.group}"
+    form = f"{matrix.bits} bits, {group}, {zeros}, {matrix.rows}×{matrix.columns}"
+
+    def timed(path: Path) -> Callable[[Tensor], Tensor]:
+        return lambda probe: path(probe, matrix, bias)
+
+    calls = {name: timed(path) for name, path in usable.items()}
+    return usable[_fastest(form, calls, x)](x, matrix, bias)
+
+
+def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
+    """The paths that can multiply activations of this dtype with `matrix`, the reference first."""
+    usable: dict[str, Path] = {REFERENCE: dequantize}
+    # float16 overflows in products with unscaled codes; grids without even steps have no such codes.
+    if dtype not in (torch.float32, torch.bfloat16) or getattr(matrix, "grid", "uniform") != "uniform":
+        return usable
+    if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
+        usable["scale the output"] = scale_output
+        whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
+        if device.type == "cpu" and dtype == torch.bfloat16 and whole:
+            usable["torch int8"] = torch_int8
+    if matrix.bits == 4 and matrix.group % 2 == 0 and matrix.columns % matrix.group == 0:
+        usable["halves"] = halves
+    return usable
+
+
+def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """The reference: the whole matrix in the dtype of `x`, for the length of the call."""
+    return functional.linear(x, matrix.dequantize(x.dtype), bias)
+
+
+def scale_output(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For 8 bits with one scale per row: the scale multiplies a row's sum instead of its weights."""
+    product = functional.linear(x, signed_codes(matrix).to(x.dtype))
+    return _with_bias(product.float() * matrix.scales.float().squeeze(-1), bias, x.dtype)
+
+
+def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For 8 bits with one scale per row, torch's own kernel: it widens the weights as it goes."""
+    scales = matrix.scales.squeeze(-1).to(x.dtype)
+    product = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), signed_codes(matrix), scales)
+    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+
+
+def halves(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For 4 bits: even and odd columns, which share bytes, are multiplied apart and never interleaved."""
+    from suite.layers import unpack
+
+    groups = matrix.scales.shape[1]
+    scales = matrix.scales.to(x.dtype).unsqueeze(-1)
+    zeros: Tensor | float = 8.0
+    if not matrix.symmetric:
+        zeros = unpack(matrix.zeros, 4, groups).to(x.dtype).unsqueeze(-1)
+
+    def product(start: int, codes: Tensor) -> Tensor:
+        values = (codes.reshape(matrix.rows, groups, -1).to(x.dtype) - zeros) * scales
+        return functional.linear(x[..., start::2], values.reshape(matrix.rows, -1)).float()
+
+    both = product(0, matrix.packed & 15) + product(1, matrix.packed >> 4)
+    return _with_bias(both, bias, x.dtype)
+
+
+def signed_codes(matrix: PackedMatrix) -> Tensor:
+    """The codes of a symmetric 8-bit matrix less their zero point of 128 (int8, rows × columns)."""
+    return (matrix.packed ^ 0x80).view(torch.int8)
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ rightᵀ` (int32, rows × rows) of int8 matrices (rows × columns), exact on every path."""
+    usable = {"float": float_product}
+    if _has_integer_product(left, right):
+        usable["torch int"] = lambda left, right: torch._int_mm(left, right.t())
+    if len(usable) == 1 or not _free_to_choose(left):
+        return float_product(left, right)
+
+    def timed(path: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda probe: path(probe, right)
+
+    form = f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}"
+    return usable[_fastest(form, {name: timed(path) for name, path in usable.items()}, left)](left, right)
+
+
+def float_product(left: Tensor, right: Tensor) -> Tensor:
+    """The exact integer product by float32 multiplications, a slice of the columns at a time."""
+    total = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
+    for start in range(0, left.shape[1], _EXACT_COLUMNS):
+        part = slice(start, start + _EXACT_COLUMNS)
+        total += (left[:, part].float() @ right[:, part].float().t()).to(torch.int32)
+    return total
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Keep to the dequantizing path inside the `with`, so that results repeat bit for bit."""
+    global _forced
+    _forced += 1
+    try:
+        yield
+    finally:
+        _forced -= 1
+
+
+def chosen() -> dict[str, str]:
+    """The paths taken so far in this process: format, shape, dtype, device and rows -> path."""
+    return dict(sorted(_chosen.items()))
+
+
+def forget() -> None:
+    """Measure again from here on."""
+    _chosen.clear()
+
+
+def _free_to_choose(x: Tensor) -> bool:
+    """Whether rounding may differ from the reference here, and time can be measured."""
+    if _forced or torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def _has_integer_product(left: Tensor, right: Tensor) -> bool:
+    """Whether torch has an integer product for these shapes that is exact and not a plain loop."""
+    if left.device.type == "cuda":
+        return len(left) > 16 and left.shape[1] % 8 == 0 and len(right) % 8 == 0
+    # Without VNNI instructions, products are summed in 16 bits or one by one.
+    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return left.device.type == "cpu" and bool(vnni())
+
+
+def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> str:
+    """The name of the path that is fastest for inputs like `x`, measured at its first use."""
+    rows = x.numel() // x.shape[-1]
+    bucket = next((most for most in _BUCKETS if rows <= most), 64)
+    kind = str(x.dtype).removeprefix("torch.")
+    key = f"{form}, {kind}, {x.device}, up to {bucket} rows"
+    if key not in _chosen:
+        probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
+        _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
+    return _chosen[key]
+
+
+def _measure(calls: Mapping[str, Callable[[Tensor], Tensor]], probe: Tensor) -> str:
+    """The fastest of `calls` (the reference first) among those that agree with the reference."""
+    names = list(calls)
+    expected = calls[names[0]](probe)
+    best, least = names[0], _seconds(calls[names[0]], probe)
+    for name in names[1:]:
+        if agrees(calls[name](probe), expected) and (
+            (taken := _seconds(calls[name], probe)) <= _MUST_GAIN * least
+        ):
+            best, least = name, taken
+    return best
+
+
+def agrees(found: Tensor, expected: Tensor) -> bool:
+    """Whether two products are equal up to the rounding of their dtype (integers: exactly)."""
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    allowed = max(4 * torch.finfo(expected.dtype).eps, 1e-5)
+    gap = (found.float() - expected.float()).norm()
+    return bool(gap <= allowed * expected.float().norm())
+
+
+def _seconds(call: Callable[[Tensor], Tensor], probe: Tensor) -> float:
+    """The shortest of a few calls; the first of all was made by the caller."""
+    taken = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        call(probe)
+        if probe.device.type == "cuda":
+            torch.cuda.synchronize(probe.device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _with_bias(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (product if bias is None else product.float() + bias.float()).to(dtype)

@@ -1,0 +1,229 @@
+"""Every path to a product with packed weights gives what dequantizing gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from suite import kernels
+from suite.conformance import tiny
+from suite.layers import PackedLinear
+from suite.run import audit
+from suite.run.environment import conditions
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+SIZES, TOKENS, SEEDS = st.integers(1, 90), st.integers(1, 5), st.integers(0, 999)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew() -> Iterator[None]:
+    kernels.forget()
+    yield
+    kernels.forget()
+
+
+def packed(
+    rows: int, columns: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, seed: int = 0
+) -> PackedLinear:
+    linear = nn.Linear(columns, rows, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(rows, columns, generator=generator))
+        linear.bias.copy_(torch.randn(rows, generator=generator))
+    return PackedLinear.from_linear(linear, bits, group, symmetric)
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_every_path_agrees(matrix: PackedLinear, x: Tensor, allowed: float) -> set[str]:
+    # The size of the terms, not of a sum that may cancel, is what rounding is relative to.
+    wide = matrix.dequantize(torch.float32)
+    terms = x.float().abs() @ wide.abs().t()
+    bias = None if matrix.bias is None else matrix.bias.detach()
+    exact = kernels.dequantize(x.float(), matrix, None if bias is None else bias.float())
+    usable = kernels.paths(matrix, x.dtype, CPU)
+    with torch.no_grad():
+        for name, path in usable.items():
+            got = path(x, matrix, bias)
+            assert got.dtype == x.dtype
+            assert got.shape == exact.shape
+            size = terms if bias is None else terms + bias.float().abs()
+            assert ((got.float() - exact).abs() <= allowed * size + 1e-7).all(), name
+    return set(usable)
+
+
+@given(SIZES, SIZES, TOKENS, DTYPES, SEEDS)
+def test_eight_bits_per_channel(rows: int, columns: int, tokens: int, dtype: torch.dtype, seed: int) -> None:
+    matrix = packed(rows, columns, 8, columns, True, dtype, seed)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    names = assert_every_path_agrees(matrix, activations(tokens, columns, dtype, seed), allowed)
+    assert "scale the output" in names
+
+
+@given(SIZES, st.integers(1, 20), st.integers(1, 6), st.booleans(), TOKENS, DTYPES, SEEDS)
+def test_four_bits_in_even_groups(
+    rows: int, half: int, groups: int, symmetric: bool, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    columns = 2 * half * groups
+    matrix = packed(rows, columns, 4, 2 * half, symmetric, dtype, seed)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    names = assert_every_path_agrees(matrix, activations(tokens, columns, dtype, seed), allowed)
+    assert "halves" in names
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (64, 96), (96, 576)])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_torch_has_a_kernel_for_eight_bits_in_whole_vectors(rows: int, columns: int, tokens: int) -> None:
+    matrix = packed(rows, columns, 8, columns, True, torch.bfloat16)
+    names = assert_every_path_agrees(matrix, activations(tokens, columns, torch.bfloat16), 2e-2)
+    assert "torch int8" in names
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "group", "symmetric", "dtype"),
+    [
+        (4, 21, 8, True, torch.float32),  # the last group is shorter
+        (4, 21, 21, True, torch.float32),  # odd
+        (3, 24, 8, True, torch.float32),
+        (2, 24, 8, False, torch.bfloat16),
+        (8, 24, 8, True, torch.float32),
+        (8, 24, 24, False, torch.float32),
+        (8, 24, 24, True, torch.float16),
+        (4, 24, 8, True, torch.float64),
+    ],
+)
+def test_other_formats_are_dequantized(
+    bits: int, columns: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    matrix = packed(10, columns, bits, group, symmetric, dtype)
+    assert set(kernels.paths(matrix, dtype, CPU)) == {kernels.REFERENCE}
+    with torch.no_grad():
+        matrix(torch.randn(1, columns, dtype=dtype))
+    assert kernels.chosen() == {}
+
+
+def test_the_torch_kernel_is_kept_from_rows_that_end_inside_a_vector() -> None:
+    for rows, columns in ((37, 32), (32, 21), (32, 48)):
+        matrix = packed(rows, columns, 8, columns, True, torch.bfloat16)
+        assert "torch int8" not in kernels.paths(matrix, torch.bfloat16, CPU)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], None]:
+    """Says how many seconds each path seems to take."""
+
+    def set_to(seconds: dict[str, float]) -> None:
+        def measured(calls: dict[str, Callable[[Tensor], Tensor]], probe: Tensor) -> str:
+            by_call = {id(call): seconds[name] for name, call in calls.items()}
+            monkeypatch.setattr(kernels, "_seconds", lambda call, probe: by_call[id(call)])
+            return real(calls, probe)
+
+        monkeypatch.setattr(kernels, "_measure", measured)
+
+    real = kernels._measure
+    return set_to
+
+
+SLOW_REFERENCE = {"dequantize": 1.0, "scale the output": 0.5}
+SLIGHTLY_FASTER = {"dequantize": 1.0, "scale the output": 0.9}
+
+
+def test_the_fastest_path_is_taken_and_can_be_told(clock: Callable[[dict[str, float]], None]) -> None:
+    clock(SLOW_REFERENCE)
+    matrix, x = packed(10, 21, 8, 21, True, torch.float32), activations(1, 21, torch.float32)[:1]
+    with torch.no_grad():
+        got = matrix(x)
+        assert torch.equal(got, kernels.scale_output(x, matrix, matrix.bias))
+    assert kernels.chosen() == {
+        "8 bits, channel, symmetric, 10×21, float32, cpu, up to 1 rows": "scale the output"
+    }
+    assert conditions("cpu", 1, "float32")["kernels"] == kernels.chosen()
+
+
+def test_a_small_gain_does_not_decide(clock: Callable[[dict[str, float]], None]) -> None:
+    clock(SLIGHTLY_FASTER)
+    matrix = packed(10, 21, 8, 21, True, torch.float32)
+    with torch.no_grad():
+        matrix(activations(1, 21, torch.float32))
+    assert set(kernels.chosen().values()) == {kernels.REFERENCE}
+
+
+def test_each_number_of_rows_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(kernels, "_measure", lambda calls, probe: measured.append(len(probe)) or "dequantize")
+    matrix = packed(10, 21, 8, 21, True, torch.float32)
+    with torch.no_grad():
+        for rows in (1, 2, 4, 3, 1, 16, 5, 17, 200):
+            matrix(torch.randn(rows, 21))
+    assert measured == [1, 4, 16]
+
+
+def test_a_path_that_is_wrong_is_never_taken(
+    monkeypatch: pytest.MonkeyPatch, clock: Callable[[dict[str, float]], None]
+) -> None:
+    clock({"dequantize": 1.0, "scale the output": 0.0001})
+
+    def wrong(x: Tensor, matrix: PackedLinear, bias: Tensor | None) -> Tensor:
+        return 1.05 * kernels.dequantize(x, matrix, bias)
+
+    monkeypatch.setattr(kernels, "scale_output", wrong)
+    matrix, x = packed(10, 21, 8, 21, True, torch.float32), activations(1, 21, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(matrix(x), kernels.dequantize(x, matrix, matrix.bias))
+
+
+def test_the_reference_is_kept_to_where_it_is_asked_for_or_gradients_are(
+    clock: Callable[[dict[str, float]], None],
+) -> None:
+    clock(SLOW_REFERENCE)
+    matrix, x = packed(10, 21, 8, 21, True, torch.float32), activations(1, 21, torch.float32)
+    with torch.no_grad(), kernels.reference():
+        assert torch.equal(matrix(x), kernels.dequantize(x, matrix, matrix.bias))
+    assert matrix(x.requires_grad_()).requires_grad
+    assert matrix.to("meta")(x.to("meta")).shape == (2, 1, 10)
+    assert kernels.chosen() == {}
+
+
+def test_logits_for_the_audit_and_compression_are_made_by_the_reference(
+    llama: PreTrainedModel, clock: Callable[[dict[str, float]], None]
+) -> None:
+    clock(SLOW_REFERENCE)
+    tiny.compress(llama, "rtn-int8")
+    ids = tiny.token_ids(1, 2)
+    audit.logits_of(llama, ids)
+    assert kernels.chosen() == {}
+    tiny.logits_of(llama, ids)
+    assert set(kernels.chosen().values()) == {"scale the output"}
+
+
+@given(SIZES, SIZES, st.integers(1, 3000), SEEDS)
+def test_integer_products_are_exact(left: int, right: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Nearly all of one sign, so that sums pass what float32 holds exactly.
+    a = torch.randint(100, 128, (left, columns), generator=generator).to(torch.int8)
+    b = torch.randint(-128, -99, (right, columns), generator=generator).to(torch.int8)
+    expected = (a.long() @ b.long().t()).to(torch.int32)
+    with torch.no_grad():
+        assert torch.equal(kernels.float_product(a, b), expected)
+        assert torch.equal(kernels.integer_product(a, b), expected)
+
+
+def test_a_faster_integer_product_of_torch_is_taken_where_it_is_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "_has_integer_product", lambda left, right: True)
+    times = iter([1.0, 0.1])
+    monkeypatch.setattr(kernels, "_seconds", lambda call, probe: next(times))
+    a, b = (torch.randint(-128, 128, (n, 21), dtype=torch.int8) for n in (3, 7))
+    with torch.no_grad():
+        assert torch.equal(kernels.integer_product(a, b), (a.int() @ b.int().t()))
+    assert list(kernels.chosen().values()) == ["torch int"]
