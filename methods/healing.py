@@ -71,7 +71,7 @@ class Heal(Method[HealConfig]):
     Config = HealConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        anatomy.dense_linears(self.name)
+        anatomy.dense_linears(self.name, or_sparse=True)
         if self.config.mode == "lora":
             _peft()
         return Plan(knobs={"mode": self.config.mode, "distill": self.config.distill})
