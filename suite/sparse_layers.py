@@ -42,7 +42,7 @@ class SparseMatrix(nn.Module):
         if index_format == "2:4":
             if columns % 4 or 2 * nonzeros != rows * columns:
                 raise InputError(
-                    f"2:4 keeps two of every four columns; {nonzeros} weights of {rows}×{columns} are not that."
+                    f"2:4 keeps two of every four columns; {nonzeros} of {rows}×{columns} are not that."
                 )
             self.values = nn.Parameter(torch.zeros(rows, columns // 2))
         else:
