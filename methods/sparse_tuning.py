@@ -24,7 +24,7 @@ class Scales(nn.Module):
 
     def __init__(self, linear: SparseLinear, rank: int, scale: float):
         super().__init__()
-        device = linear.values.device
+        device = linear.kept.device
         rank = min(rank, linear.rows)
         self.scale = scale
         self.alpha = nn.Parameter(torch.randn(rank, linear.columns, device=device, dtype=torch.float32))
@@ -42,7 +42,7 @@ def add_scales(model: PreTrainedModel, rank: int, alpha: float) -> list[nn.Param
     trained: list[nn.Parameter] = []
     for linear in [module for module in model.modules() if isinstance(module, SparseLinear)]:
         scales = Scales(linear, rank, alpha / rank)
-        parametrize.register_parametrization(linear, "values", scales)
+        parametrize.register_parametrization(linear, "kept", scales)
         trained += [scales.alpha, scales.beta]
     return trained
 
@@ -50,5 +50,5 @@ def add_scales(model: PreTrainedModel, rank: int, alpha: float) -> list[nn.Param
 def merge_scales(model: PreTrainedModel) -> None:
     """Multiply the scales into the kept weights and take them off."""
     for module in list(model.modules()):
-        if isinstance(module, SparseLinear) and parametrize.is_parametrized(module, "values"):
-            parametrize.remove_parametrizations(module, "values", leave_parametrized=True)
+        if isinstance(module, SparseLinear) and parametrize.is_parametrized(module, "kept"):
+            parametrize.remove_parametrizations(module, "kept", leave_parametrized=True)

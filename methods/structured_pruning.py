@@ -208,7 +208,7 @@ def taylor(model: PreTrainedModel, parts: Mapping[str, Part], tokens: Tensor) ->
     of one sequence are held at a time.
     """
     lines = [(line, *cut) for part in parts.values() for line, cut in part.cut.items()]
-    weights = [model.get_submodule(line.path).weight for line, *_ in lines]
+    weights = [model.get_parameter(f"{line.path}.weight") for line, *_ in lines]
     sums = [torch.zeros((), dtype=torch.float64, device=tokens.device) for _ in lines]
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -20,18 +20,18 @@ IndexFormat = Literal["bitmap", "2:4"]
 
 
 class SparseMatrix(nn.Module):
-    """A (rows × columns) matrix as kept `values` and an `index` (uint8) of their places.
+    """A (rows × columns) matrix as its `kept` weights and an `index` (uint8) of their places.
 
-    Index "bitmap": one bit a weight, rows padded to bytes; `values` is flat, row by row. Index "2:4":
+    Index "bitmap": one bit a weight, rows padded to bytes; `kept` is flat, row by row. Index "2:4":
     two values in every four consecutive columns, each with its 2-bit position, the lower one first;
-    `values` is rows × columns/2. Both take one bit a weight: at half the weights in a 16-bit dtype,
+    `kept` is rows × columns/2. Both take one bit a weight: at half the weights in a 16-bit dtype,
     9 bits a weight altogether.
 
     Raises:
         InputError: more values than weights, or 2:4 for columns that are not a multiple of four.
     """
 
-    values: nn.Parameter
+    kept: nn.Parameter
     index: Tensor
 
     def __init__(self, rows: int, columns: int, nonzeros: int, index_format: IndexFormat):
@@ -44,9 +44,9 @@ class SparseMatrix(nn.Module):
                 raise InputError(
                     f"2:4 keeps two of every four columns; {nonzeros} of {rows}×{columns} are not that."
                 )
-            self.values = nn.Parameter(torch.zeros(rows, columns // 2))
+            self.kept = nn.Parameter(torch.zeros(rows, columns // 2))
         else:
-            self.values = nn.Parameter(torch.zeros(nonzeros))
+            self.kept = nn.Parameter(torch.zeros(nonzeros))
         self.register_buffer("index", torch.zeros(rows, math.ceil(columns / 8), dtype=torch.uint8))
 
     def places(self) -> Tensor:
@@ -82,13 +82,13 @@ class SparseMatrix(nn.Module):
                 f"{int(places.sum())} places do not fit {self.nonzeros} values and the index"
                 f" '{self.index_format}'."
             )
-        self.values.copy_(weight[places].reshape(self.values.shape))
+        self.kept.copy_(weight[places].reshape(self.kept.shape))
         self.index.copy_(self.index_of(places, self.index_format))
 
     def dense(self) -> Tensor:
         """The matrix with its zeros, rows × columns, in the dtype of the values."""
-        empty = torch.zeros(self.rows, self.columns, dtype=self.values.dtype, device=self.values.device)
-        return empty.masked_scatter(self.places(), self.values)
+        empty = torch.zeros(self.rows, self.columns, dtype=self.kept.dtype, device=self.kept.device)
+        return empty.masked_scatter(self.places(), self.kept)
 
 
 @module_type("sparse_linear")

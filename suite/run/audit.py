@@ -288,11 +288,11 @@ def _audit_sparse(path: str, module: SparseMatrix) -> None:
     if fits:
         # Not the module's own reading of it, which a subclass could change.
         places = SparseMatrix.places(module)
-        fits = int(places.sum()) == module.values.numel() == module.nonzeros
+        fits = int(places.sum()) == module.kept.numel() == module.nonzeros
         fits = fits and torch.equal(SparseMatrix.index_of(places, module.index_format), index)
     if not fits:
         raise CellFailed(
-            f"{path}.index is not the places of {module.values.numel():,} kept values in a matrix of"
+            f"{path}.index is not the places of {module.kept.numel():,} kept values in a matrix of"
             f" {module.rows}×{module.columns}: what it holds would be under-counted"
         )
 

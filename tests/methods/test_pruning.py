@@ -30,7 +30,8 @@ def random_case(rows: int, columns: int, tokens: int = 400, seed: int = 0) -> tu
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    mix *= torch.logspace(-1, 1, columns, dtype=torch.float64)
+    sizes = torch.logspace(-0.5, 0.5, columns, dtype=torch.float64)
+    mix *= sizes[torch.randperm(columns, generator=generator)]
     inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
     return weight, inputs.T @ inputs
 
@@ -63,7 +64,7 @@ def test_every_linear_of_the_decoder_loses_the_share_and_nothing_else_changes(na
     assert set(sparse) == {line.path for line in anatomy_of(dense).linears}
     for path, module in sparse.items():
         linear = dense.get_submodule(path)
-        assert module.values.numel() == linear.weight.numel() // 2
+        assert module.kept.numel() == linear.weight.numel() // 2
         assert (module.bias is None) == (linear.bias is None)
         assert module.bias is None or torch.equal(module.bias, linear.bias)
     for key, tensor in model.state_dict().items():
@@ -115,7 +116,8 @@ def test_two_of_every_four_inputs_stay(name: str, family: str) -> None:
     sparse = sparse_linears(model)
     assert all(isinstance(module, SemiStructuredLinear) for module in sparse.values())
     for module in sparse.values():
-        assert ((module.dense() != 0).reshape(-1, 4).sum(1) == 2).all()
+        assert (module.places().reshape(-1, 4).sum(1) == 2).all()
+        assert ((module.dense() != 0).reshape(-1, 4).sum(1) <= 2).all()
     assert (anatomy_of(model).params, anatomy_of(model).bytes) == (plan.final.params, plan.final.bytes)
 
 
@@ -203,6 +205,20 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude() -> None
     assert totals["wanda"] < 0.8 * totals["magnitude"]
 
 
+@pytest.mark.parametrize("kept", [None, 6 * 70])
+def test_sparsegpt_is_column_by_column_elimination(kept: int | None) -> None:
+    """Every pruned weight is made up for by those after it, as their inverse moment says."""
+    weight, moment = random_case(6, 140)
+    new, places = sparsegpt(weight, moment, kept)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(140)
+    expected = weight.clone()
+    for column in range(140):
+        inverse = torch.linalg.inv(damped[column:, column:])
+        gone = expected[:, column] * ~places[:, column]
+        expected[:, column:] -= gone[:, None] * inverse[0] / inverse[0, 0]
+    torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_each_weight_of_sparsegpt_is_the_one_step_optimum_on_two_inputs() -> None:
     """With one weight a row to go, the other becomes its least-squares fit, but for the damping."""
     weight = torch.tensor([[0.1, 1.0]], dtype=torch.float64)
@@ -250,7 +266,7 @@ def test_inputs_come_from_the_pruned_blocks_before() -> None:
         streamed(tiny.token_ids(4, 16))
         handle.remove()
     weight = dense.get_submodule(down).weight.detach()
-    kept = int(sparse_linears(model)[down].values.numel()) // 48
+    kept = int(sparse_linears(model)[down].kept.numel()) // 48
     masks = {
         name: largest(weight.abs().double() * value.square().sum(0).sqrt(), kept)
         for name, value in inputs.items()

@@ -67,7 +67,7 @@ def test_the_effective_weight_is_the_papers(pattern: str) -> None:
     linear = next(iter(linears(model).values()))
     before = linear.dense().detach()
     add_scales(model, 16, 8.0)
-    scales = linear.parametrizations["values"][0]
+    scales = linear.parametrizations["kept"][0]
     with torch.no_grad():
         scales.beta.normal_()
     repeated = scales.alpha.repeat_interleave(linear.rows // 16, 0)
@@ -87,9 +87,9 @@ def test_healing_with_it_changes_values_and_nothing_else(pattern: str, dtype: to
     state, before = healed.state_dict(), plain.state_dict()
     assert state.keys() == before.keys()
     changed = {key for key in state if not torch.equal(state[key], before[key])}
-    assert changed == {f"{path}.values" for path in linears(healed)}
+    assert changed == {f"{path}.kept" for path in linears(healed)}
     assert (anatomy_of(healed).params, anatomy_of(healed).bytes) == (plan.final.params, plan.final.bytes)
-    assert all(isinstance(module.values, nn.Parameter) for module in linears(healed).values())
+    assert all(isinstance(module.kept, nn.Parameter) for module in linears(healed).values())
 
 
 @PATTERNS
@@ -98,7 +98,7 @@ def test_training_all_kept_weights_keeps_the_zeros_too(pattern: str) -> None:
     tiny.compress(healed, f"wanda(pattern={pattern})+heal(learning_rate=0.001)", "params=0.8")
     for path, module in linears(healed).items():
         assert torch.equal(module.index, linears(plain)[path].index)
-        assert not torch.equal(module.values, linears(plain)[path].values)
+        assert not torch.equal(module.kept, linears(plain)[path].kept)
 
 
 def test_without_sparse_linears_it_is_refused() -> None:
