@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from methods.sparse_tuning import add_scales, merge_scales
 from suite.calibration import Calibration
 from suite.errors import InputError, MissingExtra
 from suite.healing import Schedule, train
@@ -16,8 +17,9 @@ from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import layout_of
 
+Mode = Literal["full", "lora", "spp"]
 # On SmolLM2-135M at params=0.8 sliced models wanted the lowest of these, shortened ones the highest.
-LEARNING_RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (3e-4, 1e-3, 3e-3)}
+LEARNING_RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (3e-4, 1e-3, 3e-3), "spp": (1e-3, 3e-3, 1e-2)}
 
 
 class TrainingConfig(MethodConfig):
@@ -31,7 +33,7 @@ class TrainingConfig(MethodConfig):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
 
-    def schedules(self, mode: Literal["full", "lora"] = "full") -> list[Schedule]:
+    def schedules(self, mode: Mode = "full") -> list[Schedule]:
         """The schedule with the rate given, or one for each rate to rehearse."""
         rates = (self.learning_rate,) if self.learning_rate else LEARNING_RATES[mode]
         return [
@@ -43,12 +45,13 @@ class HealConfig(TrainingConfig):
     """Knobs of recovery training.
 
     `mode`: train every weight, or low-rank adapters (`rank`, `alpha`) merged at the end; what stands in
-    a linear's place and holds no linear, such as a tensor network, is then trained as it is. `distill`:
+    a linear's place and holds no linear, such as a tensor network, is then trained as it is. "spp" scales
+    the kept weights of sparse linears by factors of `rank` rows (`methods.sparse_tuning`). `distill`:
     weight of the KL divergence to the dense model against cross-entropy; 0 is continued pretraining.
     `learning_rate`, `warmup`, `weight_decay`: see `TrainingConfig`.
     """
 
-    mode: Literal["full", "lora"] = "full"
+    mode: Mode = "full"
     distill: float = Field(default=0.0, ge=0, le=1)
     rank: int = Field(default=32, gt=0)
     alpha: float = Field(default=32.0, gt=0)
@@ -64,16 +67,24 @@ class Heal(Method[HealConfig]):
     name = "heal"
     version = 2
     family = "recovery training"
-    source = "Jha et al., Just CHOP (arXiv 2305.14864, section 3); LoRA: Hu et al. (arXiv 2106.09685)"
+    source = (
+        "Jha et al., Just CHOP (arXiv 2305.14864, section 3); LoRA: Hu et al. (arXiv 2106.09685);"
+        " SPP: Lu et al. (arXiv 2405.16057, section 3)"
+    )
     acts_on = frozenset()
     needs = frozenset({"training"})
     acts_on_parts = None
     Config = HealConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        anatomy.dense_linears(self.name)
+        linears = anatomy.dense_linears(self.name, or_sparse=True)
         if self.config.mode == "lora":
             _peft()
+        if self.config.mode == "spp" and not any(line.sparse for line in linears):
+            raise InputError(
+                "heal(mode=spp) scales the kept weights of sparse linears, and there are none. Put it after"
+                " magnitude, wanda or sparsegpt, or use another mode."
+            )
         return Plan(knobs={"mode": self.config.mode, "distill": self.config.distill})
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan:
@@ -81,10 +92,16 @@ class Heal(Method[HealConfig]):
         assert calibration.training is not None
         config = self.config
         objective = Objective(distill=config.distill)
-        adapters = add_adapters(model, config.rank, config.alpha) if config.mode == "lora" else None
+        adapters = None
+        if config.mode == "lora":
+            adapters = add_adapters(model, config.rank, config.alpha)
+        elif config.mode == "spp":
+            adapters = add_scales(model, config.rank, config.alpha)
         notes = train(model, calibration.training, objective, config.schedules(config.mode), adapters)
-        if adapters is not None:
+        if config.mode == "lora":
             merge_adapters(model)
+        elif config.mode == "spp":
+            merge_scales(model)
         return plan.model_copy(update={"notes": notes})
 
 

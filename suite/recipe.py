@@ -22,6 +22,8 @@ from suite.models.anatomy import Anatomy
 from suite.specs import Budget, explain
 
 _STAGE = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(?:\(([^()]*)\))?\s*")
+# YAML reads 2:4 as a number of base sixty.
+_RATIO = re.compile(r"\s*\d+:\d+\s*")
 _SEARCH_STEPS = 12
 _ROOM = 0.995
 
@@ -245,7 +247,7 @@ def _stage(name: str, arguments: str, text: str) -> Method[Any]:
         if key.strip() in knobs:
             raise InputError(f"recipe '{text}': '{key.strip()}' is given twice.")
         try:
-            knobs[key.strip()] = yaml.safe_load(value)
+            knobs[key.strip()] = value.strip() if _RATIO.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError:
             raise InputError(f"recipe '{text}': '{value.strip()}' is not a value.") from None
     try:

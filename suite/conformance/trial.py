@@ -27,11 +27,12 @@ from suite.calibration import Calibration, tokens_digest
 from suite.conformance import tiny
 from suite.conformance.cases import SEED, Attempt, Case, Exempt, Planning, Reloaded, Scope, Situation, Twins
 from suite.conformance.checks import CHECKS
-from suite.conformance.findings import Finding, Outcome, summed
+from suite.conformance.findings import Finding, Outcome, Status, summed
 from suite.errors import ImpossibleBudget, InputError, WeighinError
 from suite.measure.ledger import ledger
 from suite.method import Metric, Plan, methods
 from suite.models import load
+from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin, origin
 from suite.run import audit
@@ -186,12 +187,25 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[Case]:
     if metrics:
         whole = Budget(metric=metrics[0], value=1.0)
         cases.append(Case(family, desk.subject.recipe, whole, "full"))
-    if any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
-        stack = f"{desk.subject.recipe}+{STACKED}"
+    stack = f"{desk.subject.recipe}+{STACKED}"
+    if any(line.sparse for line in seen[0].final.linears):
+        outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
+    elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
         cases.append(Case(family, stack, cases[0].budget, "stack"))
     else:
         outcomes.append(Outcome("stacks under int4", family, "exempt", "it leaves no dense linears"))
     return cases
+
+
+def _refused(stack: str, dense: Anatomy, budget: Budget) -> tuple[Status, str]:
+    """Sparse linears cannot be quantized: whether the stack is refused before any work, as it must be."""
+    try:
+        Recipe.parse(stack).plan(dense, budget, SEED)
+    except InputError:
+        return "exempt", "sparse linears are not quantized, and the stack is refused"
+    except Exception as error:  # any other exception is an offence, told in one line
+        return "failed", _told(error)
+    return "failed", "it leaves sparse linears, yet a quantizer after it is not refused"
 
 
 def _attempt(desk: Desk, case: Case, folder: Path) -> Exception | None:

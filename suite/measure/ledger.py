@@ -12,15 +12,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from suite.layers import PackedMatrix
+from suite.sparse_layers import SparseMatrix
 
 
 @dataclass(frozen=True)
 class Entry:
     """What one module owns itself (its children have entries of their own).
 
-    `params` counts logical weights (packed integers count as the weights they stand for; scales and
-    zeros are not parameters), `disk` the bytes of tensors that a checkpoint stores, `resident` the
-    bytes held in memory after loading, `nominal` the bits of the format in bytes (no padding).
+    `params` counts logical weights (packed integers count as the weights they stand for; scales, zeros
+    and the index of a sparse matrix are not parameters), `disk` the bytes of tensors that a checkpoint
+    stores, `resident` the bytes held in memory after loading, `nominal` the bits of the format in bytes
+    (no padding).
     """
 
     path: str
@@ -53,7 +55,9 @@ def ledger(model: nn.Module) -> tuple[Entry, ...]:
             if name not in stored:
                 continue
             disk += size
-            if isinstance(module, PackedMatrix) and name == "packed":
+            if isinstance(module, SparseMatrix) and name == "index":
+                nominal += module.rows * module.columns / 8
+            elif isinstance(module, PackedMatrix) and name == "packed":
                 params += module.logical_parameters
                 nominal += module.logical_parameters * module.bits / 8
             else:

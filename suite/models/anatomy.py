@@ -20,13 +20,15 @@ from suite.errors import InputError
 from suite.layers import ModuleSpec, PackedLinear
 from suite.measure.ledger import Entry, ledger, total_disk, total_params
 from suite.models.layouts import Layout, layout_of
+from suite.sparse_layers import SparseLinear
 
 
 @dataclass(frozen=True)
 class LinearShape:
     """One linear layer inside a block: weight is `out_features × in_features`.
 
-    `packed` weights are integers already and can no longer be factorised.
+    `packed` weights are integers already, `sparse` ones are stored without their zeros; neither can be
+    factorised or quantized any more.
     """
 
     path: str
@@ -36,6 +38,7 @@ class LinearShape:
     in_features: int
     bias: bool
     packed: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,22 @@ class Anatomy:
         """Parameters of the blocks' linears (whatever replaced them included), norms left out."""
         return decoder_params(self.entries, self.layout)
 
-    def dense_linears(self, method: str) -> tuple[LinearShape, ...]:
-        """The linears, all still dense.
+    def dense_linears(self, method: str, or_sparse: bool = False) -> tuple[LinearShape, ...]:
+        """The linears, all still dense; sparse ones are let pass when `or_sparse`.
 
         Raises:
-            InputError: an earlier stage packed them.
+            InputError: an earlier stage packed them, or stored them without their zeros.
         """
         if any(linear.packed for linear in self.linears):
             raise InputError(
                 f"'{method}' needs dense weights, but an earlier stage quantized them."
                 f" Put the quantizer last: {method}+..."
+            )
+        if any(linear.sparse for linear in self.linears) and not or_sparse:
+            raise InputError(
+                f"'{method}' needs dense weights, but an earlier stage pruned them and stores the kept ones"
+                f" alone, which have no rows and columns to act on. Leave {method} out or put it before the"
+                " pruning, if it leaves dense weights itself."
             )
         return self.linears
 
@@ -199,9 +208,10 @@ def _linears_of(module: nn.Module) -> list[LinearShape]:
             in_features=child.in_features,
             bias=child.bias is not None,
             packed=isinstance(child, PackedLinear),
+            sparse=isinstance(child, SparseLinear),
         )
         for path, child in module.named_modules()
-        if isinstance(child, (nn.Linear, PackedLinear))
+        if isinstance(child, (nn.Linear, PackedLinear, SparseLinear))
     ]
 
 

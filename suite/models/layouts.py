@@ -29,6 +29,8 @@ class Layout:
     """Path inside a block -> role of that linear, in the order they run."""
     positions: str | None = None
     """The table of learned positions, where there is one."""
+    heads_by_block: bool = False
+    """Whether attention counts its heads by the width of its projections, so that blocks may differ."""
 
     def attend(self, block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """What attention would add to the residual stream `hidden` (… × width of the stream)."""
@@ -71,6 +73,7 @@ LLAMA_LIKE = Layout(
         "mlp.up_proj": "up",
         "mlp.down_proj": "down",
     },
+    heads_by_block=True,
 )
 OPT = Layout(
     blocks="model.decoder.layers",

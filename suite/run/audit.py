@@ -22,6 +22,7 @@ from suite.layers import PackedMatrix
 from suite.measure.census import hidden_memory
 from suite.measure.ledger import Entry, total_disk, total_params
 from suite.models.anatomy import Anatomy
+from suite.sparse_layers import SparseMatrix
 from suite.specs import Budget, Protocol
 
 STRUCTURAL_FIELDS = frozenset(
@@ -99,7 +100,8 @@ def counted_honestly(model: nn.Module, dense_dtype: torch.dtype) -> None:
     """Every number stored is counted as the weights it stands for.
 
     Raises:
-        CellFailed: a packed matrix is not of the size it claims, or wide integers hold many weights each.
+        CellFailed: a packed matrix is not of the size it claims, the index of a sparse one says more than
+            where its values stand, or wide integers hold many weights each.
     """
     total = hidden = 0
     worst = (0, "")
@@ -107,7 +109,11 @@ def counted_honestly(model: nn.Module, dense_dtype: torch.dtype) -> None:
         if isinstance(module, PackedMatrix):
             _audit_packed(path, module)
             continue
+        if isinstance(module, SparseMatrix):
+            _audit_sparse(path, module)
         for name, tensor in _own(module):
+            if isinstance(module, SparseMatrix) and name == "index":
+                continue
             total += tensor.numel()
             allowed = 4 if tensor.is_floating_point() else dense_dtype.itemsize
             if tensor.itemsize > allowed:
@@ -277,6 +283,24 @@ def _audit_packed(path: str, module: PackedMatrix) -> None:
                 f" does not fit a matrix of {module.rows}×{module.columns} at {module.bits} bits:"
                 " it would be under-counted"
             )
+
+
+def _audit_sparse(path: str, module: SparseMatrix) -> None:
+    """The index, which counts as no parameter, says where the values stand and nothing else."""
+    with torch.device("meta"):
+        honest = SparseMatrix(module.rows, module.columns, module.nonzeros, module.index_format)
+    index = module.index
+    fits = (index.shape, index.dtype) == (honest.index.shape, honest.index.dtype)
+    if fits:
+        # Not the module's own reading of it, which a subclass could change.
+        places = SparseMatrix.places(module)
+        fits = int(places.sum()) == module.kept.numel() == module.nonzeros
+        fits = fits and torch.equal(SparseMatrix.index_of(places, module.index_format), index)
+    if not fits:
+        raise CellFailed(
+            f"{path}.index is not the places of {module.kept.numel():,} kept values in a matrix of"
+            f" {module.rows}×{module.columns}: what it holds would be under-counted"
+        )
 
 
 def _fields(config: Any, ignored: frozenset[str]) -> dict[str, Any]:

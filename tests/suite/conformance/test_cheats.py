@@ -21,6 +21,7 @@ CAUGHT = {
     "wide-words": ("counted honestly", "weights packed into wider words are under-counted"),
     "lying-count": ("counted honestly", "Liar counts its own parameters"),
     "stowaway": ("counted honestly", "residual", "it would be under-counted"),
+    "weights-in-index": ("counted honestly", ".index is not the places of 1 kept values"),
     "weights-in-arguments": ("counts equal the ledger", "its constructor arguments are"),
     "returns-dense": ("budget met", "over budget"),
     "plans-too-much": ("counts equal the ledger", "not as planned"),

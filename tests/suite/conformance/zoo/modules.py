@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from suite.layers import ModuleSpec, PackedLinear, module_type, replace
 from suite.method import Method, MethodConfig, Plan, largest_fitting, register
+from suite.sparse_layers import SparseLinear
 
 _DENSE: dict[int, Tensor] = {}
 
@@ -146,6 +147,21 @@ class Stowaway(PackedLinear):
         return functional.linear(x, self.residual, self.bias)
 
 
+@module_type("cheat_index")
+class InIndex(SparseLinear):
+    """One kept value, and all weights in an index that counts as no parameter."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__(in_features, out_features, 1, bias)
+        self.register_buffer("index", torch.zeros(out_features, 4 * in_features, dtype=torch.uint8))
+
+    def arguments(self):
+        return {"in_features": self.columns, "out_features": self.rows, "bias": self.bias is not None}
+
+    def forward(self, x):
+        return functional.linear(x, self.index.view(torch.float32), self.bias) + 0 * self.kept
+
+
 @module_type("cheat_arguments")
 class InArguments(nn.Module):
     """The weights as text in the surgery list."""
@@ -232,6 +248,17 @@ class StowawayMethod(SwapShapes):
     def made(self, linear):
         module = Stowaway(linear.in_features, linear.out_features, linear.bias is not None)
         module.residual.copy_(linear.weight.detach())
+        module.bias = linear.bias
+        return module
+
+
+@register
+class IndexMethod(SwapShapes):
+    name, kind, acts_on = "weights-in-index", InIndex, frozenset({"params"})
+
+    def made(self, linear):
+        module = InIndex(linear.in_features, linear.out_features, linear.bias is not None)
+        module.index.copy_(linear.weight.detach().view(torch.uint8))
         module.bias = linear.bias
         return module
 

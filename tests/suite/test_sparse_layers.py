@@ -1,0 +1,135 @@
+"""Sparse linears: what they store, what they count, and that zeros stay zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from suite.errors import CellFailed, InputError
+from suite.layers import spec_of
+from suite.measure.ledger import ledger, total_disk, total_params
+from suite.run import audit
+from suite.sparse_layers import SemiStructuredLinear, SparseLinear, SparseMatrix
+
+
+def random_places(rows: int, columns: int, nonzeros: int, seed: int = 0) -> Tensor:
+    order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
+    return (order < nonzeros).reshape(rows, columns)
+
+
+def two_of_four(rows: int, columns: int) -> Tensor:
+    order = torch.rand(rows, columns // 4, 4, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    return (order < 2).reshape(rows, columns)
+
+
+def made(linear: nn.Linear, kind: type[SparseLinear]) -> tuple[SparseLinear, Tensor]:
+    """A sparse linear with half the weights of `linear`, and their places."""
+    m, n = linear.weight.shape
+    places = random_places(m, n, m * n // 2) if kind is SparseLinear else two_of_four(m, n)
+    return kind.from_weight(linear.weight.detach(), places, linear), places
+
+
+KINDS = pytest.mark.parametrize("kind", [SparseLinear, SemiStructuredLinear])
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 35), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_any_places_come_back_from_the_bitmap(rows: int, columns: int, share: float, seed: int) -> None:
+    nonzeros = int(share * rows * columns)
+    places = random_places(rows, columns, nonzeros, seed)
+    weight = torch.randn(rows, columns)
+    matrix = SparseMatrix(rows, columns, nonzeros, "bitmap")
+    matrix.store_(weight, places)
+    assert torch.equal(matrix.places(), places)
+    assert torch.equal(matrix.dense(), weight * places)
+
+
+def test_every_pair_of_positions_comes_back_from_two_of_four() -> None:
+    pairs = torch.tensor([[i in (a, b) for i in range(4)] for a in range(4) for b in range(a + 1, 4)])
+    places = torch.cat([pairs, pairs.flip(0), pairs.roll(1, 0)], 1)
+    weight = torch.randn(places.shape)
+    matrix = SparseMatrix(*places.shape, int(places.sum()), "2:4")
+    matrix.store_(weight, places)
+    assert torch.equal(matrix.places(), places)
+    assert torch.equal(matrix.dense(), weight * places)
+
+
+@KINDS
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_computes_what_the_dense_linear_with_zeros_does(kind: type[SparseLinear], bias: bool) -> None:
+    linear = nn.Linear(24, 10, bias=bias)
+    sparse, places = made(linear, kind)
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        linear.weight.mul_(places)
+    assert torch.equal(sparse(x), linear(x))
+
+
+@KINDS
+def test_half_the_weights_take_nine_bits_a_weight_in_sixteen_bit_dtypes(kind: type[SparseLinear]) -> None:
+    sparse, _ = made(nn.Linear(64, 16, bias=False, dtype=torch.bfloat16), kind)
+    entries = ledger(sparse)
+    assert total_params(entries) == 64 * 16 // 2
+    assert total_disk(entries) == 64 * 16 * 9 // 8 == sum(entry.nominal for entry in entries)
+
+
+@KINDS
+def test_a_skeleton_of_its_arguments_takes_its_state(kind: type[SparseLinear]) -> None:
+    sparse, _ = made(nn.Linear(24, 10), kind)
+    spec = spec_of(sparse)
+    assert spec is not None
+    again = spec.build(torch.float32, "cpu")
+    again.load_state_dict(sparse.state_dict())
+    assert torch.equal(again.dense(), sparse.dense())
+    assert [e.disk for e in ledger(spec.build(torch.float32))] == [e.disk for e in ledger(sparse)]
+
+
+@KINDS
+def test_training_moves_the_kept_weights_and_no_zero(kind: type[SparseLinear]) -> None:
+    sparse, places = made(nn.Linear(24, 10), kind)
+    before = sparse.dense().detach()
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.1)
+    sparse(torch.randn(5, 24)).square().sum().backward()
+    optimizer.step()
+    after = sparse.dense().detach()
+    assert (after[~places] == 0).all()
+    assert (after[places] != before[places]).all()
+
+
+def test_values_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="cannot keep 13 weights"):
+        SparseMatrix(3, 4, 13, "bitmap")
+    with pytest.raises(InputError, match="2:4 keeps two of every four columns"):
+        SemiStructuredLinear(6, 4)
+    matrix = SparseMatrix(2, 4, 4, "2:4")
+    with pytest.raises(InputError, match="4 places do not fit"):
+        matrix.store_(torch.ones(2, 4), torch.tensor([[True] * 4, [False] * 4]))
+
+
+@KINDS
+def test_the_audit_passes_what_is_an_index_and_nothing_else(kind: type[SparseLinear]) -> None:
+    sparse, _ = made(nn.Linear(20, 10), kind)
+    audit.counted_honestly(sparse, torch.float32)
+    for offence in (sparse.index ^ 1, sparse.index.bitwise_not() | 1):
+        broken, _ = made(nn.Linear(20, 10), kind)
+        broken.index = offence
+        with pytest.raises(CellFailed, match="under-counted"):
+            audit.counted_honestly(broken, torch.float32)
+
+
+def test_bits_beyond_the_last_column_say_nothing() -> None:
+    sparse, _ = made(nn.Linear(20, 10), SparseLinear)
+    sparse.index[0, -1] |= 128
+    with pytest.raises(CellFailed, match="under-counted"):
+        audit.counted_honestly(sparse, torch.float32)
+
+
+def test_positions_in_another_order_say_more_than_places_and_are_refused() -> None:
+    sparse = SemiStructuredLinear(4, 1)
+    sparse.index.fill_(0b0100)  # positions 0 and 1
+    audit.counted_honestly(sparse, torch.float32)
+    sparse.index.fill_(0b0001)  # positions 1 and 0
+    with pytest.raises(CellFailed, match="under-counted"):
+        audit.counted_honestly(sparse, torch.float32)
