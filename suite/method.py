@@ -105,7 +105,8 @@ class Method(ABC, Generic[ConfigT]):
         """Turn the dense `model` into what `plan` says, in place.
 
         Returns the plan as it was carried out when that says more than `plan`: notes for the record,
-        or, for an adaptive method, other modules of at most the planned size. None means `plan`.
+        which of equal blocks went, or, for an adaptive method, other modules of at most the planned size.
+        None means `plan`.
         """
 
 
