@@ -37,20 +37,20 @@ class SvdLlm(TruncatedSvd):
     Among all factors of the rank, these leave the least ‖(W − B·A)·x‖² on the calibration text. The same
     share everywhere, ranks topped up as for `svd`. This is the paper's "SVD-LLM(W)"; its low-rank tuning
     of one factor after the other is the stage `heal` here. `update=true` is the closed-form update of
-    the paper's section 3.2, group after group: B ← argmin ‖W·x − B·A·x‖² for inputs x of the compressed prefix.
+    the paper's code, group after group: B ← argmin ‖W·x − B·A·x‖² over inputs x of the compressed prefix.
     """
 
     name = "svd-llm"
     family = "low-rank"
-    source = "Wang et al., SVD-LLM (arXiv 2403.07378, sections 3.1 and 3.2)"
+    source = "Wang et al., SVD-LLM (arXiv 2403.07378, section 3)"
     needs = frozenset({"calibration"})
     Config = SvdLlmConfig
     config: SvdLlmConfig
 
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan | None:
         assert calibration is not None
         if not plan.modules:
-            return
+            return None
         layout = layout_of(model.config)
         passes = [stream(model, calibration.tokens) for _ in range(2 if self.config.update else 1)]
         # The dense pass leaves a block before it is changed, the compressed one after.
@@ -70,6 +70,7 @@ class SvdLlm(TruncatedSvd):
                     if met is not None:
                         left = refitted(linear.weight, left, right, met)
                     replace(model, prefix + path, LowRankLinear.from_factors(left, right, linear))
+        return None
 
 
 def whitening_root(moment: Tensor) -> Tensor:
@@ -88,7 +89,8 @@ def whitening_root(moment: Tensor) -> Tensor:
     for damping in DAMPINGS:
         root, failed = torch.linalg.cholesky_ex(matrix + damping * mean * identity)
         if not failed and float(root.diagonal().min()) ** 2 > _SMALLEST_PIVOT * mean:
-            return root
+            found: Tensor = root
+            return found
     raise CellFailed("the second moment of a linear's inputs is not positive semi-definite")
 
 
@@ -108,4 +110,5 @@ def refitted(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor) -> Ten
     reduced = right @ moment  # rank × n
     error = weight.detach().double() - left @ right
     # A pseudo-inverse, as fewer tokens than ranks leave directions without evidence.
-    return left + error @ reduced.T @ torch.linalg.pinv(reduced @ right.T, hermitian=True, rtol=1e-10)
+    correction: Tensor = torch.linalg.pinv(reduced @ right.T, hermitian=True, rtol=1e-10)
+    return left + error @ reduced.T @ correction

@@ -54,7 +54,7 @@ class Layout:
         return tuple(tuple(paths) for paths in groups.values())
 
     def inputs_shared(self, inside: Collection[str]) -> list[tuple[str, ...]]:
-        """Linears at the paths `inside` a block by shared input, in the order they run; factors stand alone."""
+        """Linears at the paths `inside` a block by shared input, in running order; factors stand alone."""
         shared: list[tuple[str, ...]] = []
         for group in self.groups:
             whole = tuple(path for path in group if path in inside)
