@@ -65,12 +65,13 @@ class TruncatedSvd(Method[SvdConfig]):
         share, plan = largest_share(build, anatomy, target)
         return top_up(plan, share, anatomy, target) if share < 1 else plan
 
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
+    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan | None:
         for path, spec in plan.modules.items():
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             left, right = truncated_svd(linear.weight, spec.arguments["rank"])
             replace(model, path, LowRankLinear.from_factors(left, right, linear))
+        return None
 
 
 def rank_at(linear: LinearShape, share: float) -> int | None:

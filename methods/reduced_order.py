@@ -220,12 +220,7 @@ class _Work:
         inside = [
             line.path.removeprefix(prefix) for line in self.anatomy.linears if line.block == block.index
         ]
-        groups: list[tuple[str, ...]] = []
-        for group in self.anatomy.layout.groups:
-            whole = tuple(path for path in group if path in inside)
-            groups += [whole] if whole else []
-            groups += [(path,) for parent in group for path in inside if path.startswith(f"{parent}.")]
-        return groups
+        return self.anatomy.layout.inputs_shared(inside)
 
     def _project(self, block: BlockOnStream, path: str, inputs: _Inputs, metric: Tensor | None) -> Projection:
         weight = _linear(block, path).weight

@@ -135,6 +135,11 @@ class Anatomy:
                 "the blocks of a sliced model hand on streams in bases of their own, so none of them can"
                 " be removed. Put slicegpt after the stage that removes blocks."
             )
+        if any(".coefficients" in entry.path for entry in self.entries):
+            raise InputError(
+                "the blocks of this model stand on bases that they share with their neighbours, so none of"
+                " them can be removed. Put basis-sharing after the stage that removes blocks."
+            )
         kept = [block for block in range(self.n_blocks) if block not in drop]
         renumbered = {old: new for new, old in enumerate(kept)}
         prefix = re.compile(re.escape(self.layout.blocks) + r"\.(\d+)\b")

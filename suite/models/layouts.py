@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,15 @@ class Layout:
             first = shared.get(role, role)
             groups.setdefault(first if first in self.roles.values() else role, []).append(path)
         return tuple(tuple(paths) for paths in groups.values())
+
+    def inputs_shared(self, inside: Collection[str]) -> list[tuple[str, ...]]:
+        """Linears at the paths `inside` a block by shared input, in running order; factors stand alone."""
+        shared: list[tuple[str, ...]] = []
+        for group in self.groups:
+            whole = tuple(path for path in group if path in inside)
+            shared += [whole] if whole else []
+            shared += [(path,) for parent in group for path in inside if path.startswith(f"{parent}.")]
+        return shared
 
 
 LLAMA_LIKE = Layout(
