@@ -7,7 +7,7 @@ while it stands there; the next block is fed what the changed one gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +134,11 @@ def _enter(
     def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         entered.append(hidden_states)
         arguments.append(kwargs)
+        if len(entered) == len(blocks):
+            raise _Enough  # the last norm of a sliced model takes nothing but what its blocks give
         return hidden_states
 
-    with _instead(blocks, pass_on):
+    with _instead(blocks, pass_on), suppress(_Enough):
         model.base_model(ids, use_cache=False)
     return entered[0], arguments
 

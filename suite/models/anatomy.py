@@ -98,13 +98,18 @@ class Anatomy:
         """Parameters of the blocks' linears (whatever replaced them included), norms left out."""
         return decoder_params(self.entries, self.layout)
 
+    @property
+    def packed(self) -> bool:
+        """Whether a quantizer has packed linears of the blocks."""
+        return any(linear.packed for linear in self.linears)
+
     def dense_linears(self, method: str) -> tuple[LinearShape, ...]:
         """The linears, all still dense.
 
         Raises:
             InputError: an earlier stage packed them.
         """
-        if any(linear.packed for linear in self.linears):
+        if self.packed:
             raise InputError(
                 f"'{method}' needs dense weights, but an earlier stage quantized them."
                 f" Put the quantizer last: {method}+..."

@@ -112,7 +112,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             report.progress(stage.name, recipe.stages.index(stage), len(recipe.stages))
             seed_everything(spec.seed)
 
-        plan = recipe.compress(model, plan, sample, before)
+        plan = recipe.compress(model, plan, sample, before, lambda: _dense(job))
     with report.stage("save"):
         ids = _probe_ids(model.config.vocab_size)
         checkpoint.save(model, tokenizer, job.folder)
@@ -223,8 +223,12 @@ def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connec
 
 
 def _teacher(job: Job) -> PreTrainedModel:
+    return _dense(job).requires_grad_(False)
+
+
+def _dense(job: Job) -> PreTrainedModel:
     with lifted():  # a model from the hub asks whether its cached files are current
-        return load.load_model(job.source, job.spec.device).requires_grad_(False)
+        return load.load_model(job.source, job.spec.device)
 
 
 def _probe_ids(vocab_size: int) -> Tensor:
