@@ -287,6 +287,8 @@ def round_to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool) -> 
 class PackedLinear(PackedMatrix):
     """A linear layer with packed weights, dequantized for the length of each call."""
 
+    simulated: ClassVar[bool] = True
+
     def __init__(
         self,
         in_features: int,

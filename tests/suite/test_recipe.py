@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -264,7 +265,7 @@ def test_every_stage_before_the_last_does_its_share(family: str) -> None:
     for stage in plan.stages[:2]:
         after = stage.apply(after)
         sizes.append(after.bytes)
-    factors = [after / before for before, after in zip(sizes, sizes[1:], strict=False)]
+    factors = [after / before for before, after in pairwise(sizes)]
     assert all(factor < 0.95 for factor in factors)
     assert abs(factors[0] - factors[1]) < 0.05
 
