@@ -76,6 +76,42 @@ def draw_training(
     return Training(tokens, held_out, spec.batch, tokens_digest(windows), teacher)
 
 
+def draw_held_back(
+    spec: CalibrationSpec,
+    healing: HealingSpec | None,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Tensor:
+    """Draw `count` sequences of the calibration's text that overlap neither it nor the training text.
+
+    Raises:
+        InputError: the text is too short for that many more windows.
+    """
+    ids = token_ids(tokenizer, data.text(spec.source, folder))
+    used = torch.zeros(len(ids), dtype=torch.bool)
+    for window in _order(len(ids) // spec.length, seed)[: spec.count].tolist():
+        used[window * spec.length : (window + 1) * spec.length] = True
+    if healing is not None and healing.source == spec.source:
+        drawn = _order(len(ids) // healing.length, seed + _TRAINING_STREAM)
+        for window in drawn[: healing.count + HELD_OUT_SEQUENCES].tolist():
+            used[window * healing.length : (window + 1) * healing.length] = True
+    cut = len(ids) // spec.length * spec.length
+    windows, taken = ids[:cut].reshape(-1, spec.length), used[:cut].reshape(-1, spec.length).any(1)
+    free = windows[~taken]
+    if len(free) < count:
+        raise InputError(
+            f"'{spec.source}' holds only {len(free)} sequences of {spec.length} tokens beside what methods"
+            f" learn from, {count} are to be held back. Hold fewer back, or calibrate on another text."
+        )
+    return free[_order(len(free), seed + 2 * _TRAINING_STREAM)[:count]].contiguous()
+
+
+def _order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def _windows(
     spec: CalibrationSpec, count: int, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path | None
 ) -> Tensor:
@@ -87,8 +123,7 @@ def _windows(
             f"{spec}: '{spec.source}' holds only {len(windows)} sequences of {spec.length} tokens with this"
             f" tokenizer, {count} are needed. Ask for at most {spec.source}:{most}x{spec.length}."
         )
-    generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:count]].contiguous()
+    return windows[_order(len(windows), seed)[:count]].contiguous()
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

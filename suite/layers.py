@@ -298,6 +298,8 @@ class PackedMatrix(nn.Module):
 class PackedLinear(PackedMatrix):
     """A linear layer with packed weights, dequantized for the length of each call or read as they are."""
 
+    simulated: ClassVar[bool] = True
+
     def __init__(
         self,
         in_features: int,

@@ -84,6 +84,8 @@ class Method(ABC, Generic[ConfigT]):
     """Any of "calibration", "training" (tokens to train on, and the dense model), "cuda"."""
     adaptive: ClassVar[bool] = False
     """Whether `compress` lets the data decide how the planned size is spread over the modules."""
+    trains_packed: ClassVar[bool] = False
+    """Whether a method that needs "training" can train a model whose linears are packed already."""
     acts_on_parts: ClassVar[Literal["linears", "blocks"] | None] = "linears"
     """How a profile compresses a part alone. "linears": `plan` touches no module but the anatomy's
     linears; "blocks": `compress` drops whichever blocks a plan names; None: the whole model or nothing."""

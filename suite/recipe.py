@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import yaml
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from suite import kernels
 from suite.calibration import Calibration
-from suite.errors import CellFailed, ImpossibleBudget, InputError, NotApplicable
+from suite.carrying_out import RecipePlan as RecipePlan
+from suite.carrying_out import Work, may_leave_idle
+from suite.errors import ImpossibleBudget, InputError, NotApplicable, WeighinError
 from suite.method import Method, Plan, Target, methods
 from suite.models.anatomy import Anatomy
 from suite.specs import Budget, explain
+from suite.stacking import Place, WrongOrder, check_place, check_plan
 
 _STAGE = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(?:\(([^()]*)\))?\s*")
 # YAML reads 2:4 as a number of base sixty.
@@ -59,6 +61,8 @@ class Recipe:
         for stage in self.stages:
             named.append(f"{stage.name}@{stage.version}")
             named += [f"{stage.name}.{knob}={_digest(file)}" for knob, file in stage.config.files.items()]
+        if may_leave_idle(self.stages):
+            named.append("sizes=2")
         return tuple(named)
 
     @property
@@ -73,13 +77,22 @@ class Recipe:
         """Solve all knobs for `budget`, on shapes alone.
 
         One stage that acts on the budget's metric gets the whole of it. With several, the last is
-        planned for the final target, and the first keeps the largest share for which the last one
-        still has a configuration that fits.
+        planned for the final target, and those before it together keep the largest share for which
+        the last one still has a configuration that fits. Each of them shrinks what it meets by the
+        same factor, as far as it can; a stage with knobs of its own keeps to them, and the others
+        make up for it.
 
         Raises:
             NotApplicable: no stage can act on the metric.
             ImpossibleBudget: with the smallest size this recipe can reach.
+            InputError: a stage makes no sense after the ones before it; with an order that works.
         """
+        try:
+            return self._solve(anatomy, budget, seed)
+        except WrongOrder as error:
+            raise InputError(self._advice(error, anatomy, budget, seed)) from None
+
+    def _solve(self, anatomy: Anatomy, budget: Budget, seed: int) -> RecipePlan:
         if budget.metric == "none":
             return self._chain(anatomy, {}, seed)
         target = Target(budget.metric, budget.target(anatomy.size(budget.metric)))
@@ -94,7 +107,7 @@ class Recipe:
             if len(acting) == 1:
                 plan = self._chain(anatomy, {acting[0]: target}, seed)
             else:
-                plan = self._search(anatomy, target, acting[0], acting[-1], seed)
+                plan = self._search(anatomy, target, acting, seed)
         except ImpossibleBudget as error:
             refused = error
         else:
@@ -105,59 +118,90 @@ class Recipe:
         refused.args = (_refusal(str(self), budget, anatomy, refused),)
         raise refused
 
+    def _advice(self, error: WrongOrder, anatomy: Anatomy, budget: Budget, seed: int) -> str:
+        """The refusal of an order, and the nearest one that is not refused: tried, not looked up."""
+        others = list(self.stages)
+        stage = others.pop(error.index)
+        moved = [
+            Recipe((*others[:place], stage, *others[place:])) for place in range(error.index - 1, -1, -1)
+        ]
+        told = f"recipe '{self}': {error}" + ("" if str(error).endswith(".") else ".")
+        for recipe in moved:
+            if recipe._makes_sense(anatomy, budget, seed):
+                return f"{told} This order works: {recipe}."
+        rest = Recipe(tuple(others))
+        return f"{told} Leave it out: {rest}." if rest._makes_sense(anatomy, budget, seed) else told
+
+    def _makes_sense(self, anatomy: Anatomy, budget: Budget, seed: int) -> bool:
+        try:
+            self._solve(anatomy, budget, seed)
+        except InputError:
+            return False
+        except WeighinError:
+            return True
+        return True
+
     def compress(
         self,
         model: PreTrainedModel,
         plan: RecipePlan,
         calibration: Calibration | None,
         before_stage: Callable[[Method[Any]], None] = lambda stage: None,
+        dense: Callable[[], PreTrainedModel] | None = None,
     ) -> RecipePlan:
         """Carry out `plan` on `model`, in place; returns it as it was carried out.
 
-        A stage after an adaptive one is planned anew for the shapes it really meets.
+        A stage after an adaptive one is planned anew for the shapes it really meets. Where that
+        leaves bytes idle, as when a quantizer packs matrices that were not planned to stay dense, the
+        adaptive stage is carried out once more on a model from `dense`, for as much more; without
+        `dense` the bytes stay idle.
 
         Raises:
             CellFailed: an adaptive stage made more of the model than was planned.
             ImpossibleBudget: what an adaptive stage made leaves a later stage no way to meet the budget.
         """
-        anatomy = plan.start
-        carried_out: list[Plan] = []
-        for stage, step, target in zip(self.stages, plan.stages, plan.targets, strict=True):
-            before_stage(stage)
-            if anatomy != plan.start and any(earlier.adaptive for earlier in self.stages[: len(carried_out)]):
-                step = stage.plan(anatomy, target, plan.seed)
-            needed = calibration if stage.needs & {"calibration", "training"} else None
-            with kernels.reference():  # what is written must not depend on which kernel was the faster
-                done = stage.compress(model, step, needed) or step
-            _no_larger(stage.name, step.apply(anatomy), after := done.apply(anatomy))
-            anatomy = after
-            carried_out.append(done)
-        return replace(plan, stages=tuple(carried_out), final=anatomy)
+        return Work(self.stages, model, calibration, before_stage, dense).carry_out(plan)
 
-    def _chain(self, anatomy: Anatomy, targets: dict[int, Target], seed: int) -> RecipePlan:
-        plans, start = [], anatomy
-        for index, stage in enumerate(self.stages):
-            plan = stage.plan(anatomy, targets.get(index), seed)
-            anatomy = plan.apply(anatomy)
+    def _chain(
+        self, anatomy: Anatomy, targets: dict[int, Target], seed: int, yielding: Container[int] = ()
+    ) -> RecipePlan:
+        """Plan stage after stage; those that are `yielding` may miss their target as narrowly as they can."""
+        plans, start, given = [], anatomy, dict(targets)
+        for index in range(len(self.stages)):
+            place = Place(self.stages, index, start, anatomy, seed)
+            check_place(place)
+            try:
+                plan, anatomy = _planned(place, given.get(index))
+            except ImpossibleBudget as error:
+                if index not in yielding:
+                    raise
+                given[index] = Target(given[index].metric, error.smallest)
+                plan, anatomy = _planned(place, given[index])
             plans.append(plan)
-        given = tuple(targets.get(index) for index in range(len(plans)))
-        return RecipePlan(tuple(plans), anatomy, start, given, seed)
+        used = tuple(given.get(index) for index in range(len(plans)))
+        return RecipePlan(tuple(plans), anatomy, start, used, seed)
 
-    def _search(self, anatomy: Anatomy, target: Target, first: int, last: int, seed: int) -> RecipePlan:
+    def _search(self, anatomy: Anatomy, target: Target, acting: Sequence[int], seed: int) -> RecipePlan:
         dense = anatomy.size(target.metric)
+        *shaping, last = acting
         # The sizes an adaptive stage settles for are not known yet: leave the last stage room.
-        room = _ROOM if self.stages[first].adaptive else 1.0
+        room = _ROOM if any(self.stages[index].adaptive for index in shaping) else 1.0
         aim = Target(target.metric, int(room * target.value))
 
         def attempt(size: int) -> RecipePlan:
-            plan = self._chain(anatomy, {first: Target(target.metric, size), last: aim}, seed)
+            sizes = [int(dense * (size / dense) ** (n / len(shaping))) for n in range(1, len(shaping))]
+            asked = [Target(target.metric, value) for value in (*sizes, size)]
+            yielding = shaping if len(shaping) > 1 else ()
+            wanted = {**dict(zip(shaping, asked, strict=True)), last: aim}
+            plan = self._chain(anatomy, wanted, seed, yielding)
             targets = tuple(target if given is aim else given for given in plan.targets)
             return replace(plan, targets=targets)
 
         try:
             return attempt(dense)
         except ImpossibleBudget:
-            low, high = self._smallest_of(anatomy, target, first, seed), dense
+            low = 1 if len(shaping) > 1 else self._smallest_of(anatomy, target, shaping[0], seed)
+            high = dense
         best = attempt(low)  # raises ImpossibleBudget with the smallest size when even this is too big
         for _ in range(_SEARCH_STEPS):
             middle = (low + high) // 2
@@ -178,39 +222,28 @@ class Recipe:
         return 1
 
 
-@dataclass(frozen=True)
-class RecipePlan:
-    """The plans of all stages, the shapes they start from and end in, and what each was solved for."""
+def _planned(place: Place, target: Target | None) -> tuple[Plan, Anatomy]:
+    """The plan of a stage at its place, and the shapes it leads to.
 
-    stages: tuple[Plan, ...]
-    final: Anatomy
-    start: Anatomy
-    targets: tuple[Target | None, ...]
-    seed: int
-
-    def knobs(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
-        """Solved knobs by stage name; a second stage of the same name is `name #2`."""
-        return self._by_stage(recipe, [plan.knobs for plan in self.stages])
-
-    def notes(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
-        """What the stages want kept in the record, by stage name; stages without notes are left out."""
-        notes = self._by_stage(recipe, [plan.notes for plan in self.stages])
-        return {name: note for name, note in notes.items() if note}
-
-    @staticmethod
-    def _by_stage(recipe: Recipe, values: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        named: dict[str, dict[str, Any]] = {}
-        for number, (stage, value) in enumerate(zip(recipe.stages, values, strict=True), start=1):
-            named[stage.name if stage.name not in named else f"{stage.name} #{number}"] = value
-        return named
-
-
-def _no_larger(stage: str, planned: Anatomy, carried_out: Anatomy) -> None:
-    for metric in ("params", "bytes"):
-        if carried_out.size(metric) > planned.size(metric):
-            raise CellFailed(
-                f"{stage} made {carried_out.size(metric):,} {metric} of a plan for {planned.size(metric):,}"
-            )
+    Raises:
+        WrongOrder: the stage refuses what the stages before it leave, but not the dense model.
+    """
+    stage = place.stage
+    try:
+        plan = stage.plan(place.before, target, place.seed)
+        after = plan.apply(place.before)
+    except InputError as error:
+        if not place.index:
+            raise
+        try:
+            stage.plan(place.dense, target, place.seed).apply(place.dense)
+        except InputError:
+            raise error from None
+        except WeighinError:
+            pass
+        raise WrongOrder(str(error), place.index) from None
+    check_plan(place, plan)
+    return plan, after
 
 
 def _refusal(recipe: str, budget: Budget, anatomy: Anatomy, error: ImpossibleBudget) -> str:

@@ -66,6 +66,9 @@ class Measurements(Part):
     trainable_params: int
     perplexity: Perplexity
     tasks: tuple[TaskResult, ...]
+    simulated_share: float | None = None
+    """Share of the linears' parameters in modules that rebuild dense weights for each call; None in
+    records from before this was measured."""
 
 
 class Noise(Part):
@@ -112,6 +115,8 @@ class Record(Part):
     """The noise floor, on the dense record; None where it was not measured."""
     failure: Failure | None = None
     checkpoint: str | None = None
+    searched: str | None = None
+    """Digest of the search that found the recipe; None where a person named it."""
 
     @property
     def id(self) -> str:

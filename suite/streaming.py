@@ -7,7 +7,7 @@ while it stands there; the next block is fed what the changed one gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +134,11 @@ def _enter(
     def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
         entered.append(hidden_states)
         arguments.append(kwargs)
+        if len(entered) == len(blocks):
+            raise _Enough  # the last norm of a sliced model takes nothing but what its blocks give
         return hidden_states
 
-    # The final norm of a sliced model takes what leaves the last block, and not what enters the first.
-    norm = dict(model.named_modules()).get(layout_of(model.config).final_norm)
-    with _instead(blocks, pass_on), _instead([] if norm is None else [norm], lambda hidden: hidden):
+    with _instead(blocks, pass_on), suppress(_Enough):
         model.base_model(ids, use_cache=False)
     return entered[0], arguments
 

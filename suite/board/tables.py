@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,15 @@ import pandas as pd
 from tabulate import tabulate
 
 from suite.board.agreement import agreements
+from suite.board.notes import SIMULATED, Row, label, notes
+from suite.board.notes import noise_notes as noise_notes
+from suite.board.notes import points as points
 from suite.board.standings import Standing, Standings, conditions, contest
 from suite.records import Measurements, Record
 
-Row = dict[str, Any]
 _LATEX = {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$", "Δ": "$\\Delta$", "−": "$-$", "–": "--"}
-_NESTED = ("tasks", "accuracy_ci", "knobs", "rank", "accuracy_difference_ci", "noise")
+_LATEX |= {"†": "$\\dagger$", "‡": "$\\ddagger$"}
+_NESTED = ("slower_than_dense", "tasks", "accuracy_ci", "knobs", "rank", "accuracy_difference_ci", "noise")
 _Z95 = 1.959963984540054
 
 
@@ -65,12 +68,12 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
         if not any(key[0] == shared for key in groups):
             groups[(shared, "none")] = []
     result = []
-    for (shared, label), members in groups.items():
+    for (shared, contested), members in groups.items():
         reference = references.get(shared)
         every = ([reference] if reference else []) + members
         first = every[0]
-        title = f"{first['model']} · {first['protocol']}" + ("" if label == "none" else f" · {label}")
-        result.append(Table(title, tuple(every), _notes(every, reference is not None)))
+        title = f"{first['model']} · {first['protocol']}" + ("" if contested == "none" else f" · {contested}")
+        result.append(Table(title, tuple(every), notes(every, reference is not None)))
     return result
 
 
@@ -143,7 +146,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         count = (sizes.params if budget.metric == "params" else sizes.bytes_disk) if sizes else None
         if count is not None:
             achieved = count / base if budget.value <= 1 else float(count)
-    return {
+    simulated = m.simulated_share if m else None
+    row: Row = {
         "model": spec.model,
         "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
         "recipe": spec.recipe,
@@ -173,9 +177,9 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "budget": str(budget),
         "unused": 1 - achieved / target if achieved is not None and target else None,
         "bytes_ratio": sizes.bytes_disk / record.dense.bytes_disk if sizes else None,
-        "prefill_ratio": _ratio(m, dense, "prefill"),
-        "decode_ratio": _ratio(m, dense, "decode"),
-        "train_ratio": _ratio(m, dense, "training"),
+        "prefill_ratio": None if simulated else _ratio(m, dense, "prefill"),
+        "decode_ratio": None if simulated else _ratio(m, dense, "decode"),
+        "train_ratio": None if simulated else _ratio(m, dense, "training"),
         "load_memory_bytes": m.memory.load if m else None,
         "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
         "knobs": record.knobs,
@@ -192,6 +196,20 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "contest": contest(record),
         "healing_tokens": spec.healing.tokens if spec.healing else 0,
     }
+    # What older records do not know is left out, so that boards made of them stay as they were.
+    if record.searched is not None:
+        row["searched"] = record.searched
+    if simulated is not None:
+        row["simulated_share"] = simulated
+        row["slower_than_dense"] = [
+            name for name in ("prefill", "decode") if _hundredths(_ratio(m, dense, name)) < 100
+        ]
+    return row
+
+
+def _hundredths(ratio: float | None) -> int:
+    """A ratio as precisely as the board shows it; no ratio is no loss."""
+    return 100 if ratio is None else round(100 * ratio)
 
 
 def _mean_accuracy(m: Measurements | None) -> tuple[float | None, tuple[float, float] | None]:
@@ -242,7 +260,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
-    ("recipe", lambda r: r["recipe"] + (f" (seed {r['seed']})" if r["seed"] else "")),
+    ("recipe", lambda r: label(r)),
     ("rank", lambda r: rank(r["rank"])),
     ("achieved", lambda r: _share(r["budget_achieved"])),
     ("unused", lambda r: _percent(r["unused"])),
@@ -294,58 +312,12 @@ def _task_names(members: Sequence[Row]) -> list[str]:
     return list(names)
 
 
-def _notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
-    notes = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
-    notes += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
-    notes += sorted({row["note"] for row in members if row["note"]})
-    notes += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
-    notes.append(
-        "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
-        " parameters kept; peak: highest memory during inference above the empty process; compress MB:"
-        " highest memory of the whole process that compresses"
-    )
-    notes.append(
-        "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
-    )
-    if any(row["rank"] for row in members):
-        notes.append(
-            "rank: the places a row can have among the compressed rows of this table, from paired items, all"
-            " together with 95 % confidence; rows whose ranks overlap may not be told apart"
-        )
-    if any(row["accuracy_difference"] is not None for row in members):
-        notes.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")
-    notes += noise_notes(next((row["noise"] for row in members if row["noise"]), None))
-    if has_dense:
-        notes.append(
-            "in brackets: ratio to dense, measured apart on the same kind of machine; peak and ratios carry"
-            " its noise"
-        )
-    return tuple(notes)
-
-
-def noise_notes(noise: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """What the same model changes by when only how it is computed changes, one line per change."""
-    if not noise:
-        return ["noise floor: not measured in these records"]
-    return [
-        f"noise floor, dense with {n['changed']}: {n['flips']:,} of {n['items']:,} items flip, accuracy"
-        f" {points(n['accuracy_difference'])} points, a log-likelihood by up to"
-        f" {n['largest_log_likelihood_difference']:.3g} nats, perplexity × {n['perplexity_ratio']:.6g}"
-        for n in noise
-    ]
-
-
 def rank(interval: tuple[int, int] | None) -> str:
     """A rank interval: "2", "1–3", or nothing."""
     if interval is None:
         return ""
     low, high = interval
     return str(low) if low == high else f"{low}–{high}"
-
-
-def points(share: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _share(value: float | None, digits: int = 4) -> str:
@@ -373,6 +345,8 @@ def _speed(row: Row, name: str) -> str:
     if value is None:
         return ""
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if row.get("simulated_share"):
+        return text + SIMULATED
     return text if ratio is None or row["recipe"] == "dense" else f"{text} ({ratio:.2f}×)"
 
 

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from suite.cli import compare, gate, profile, run, show, validate  # noqa: F401 (importing adds commands)
+from suite.cli import (  # noqa: F401 (importing adds commands)
+    compare,
+    gate,
+    profile,
+    run,
+    search,
+    show,
+    validate,
+)
 from suite.cli.common import app, console
 
 

@@ -24,6 +24,7 @@ from suite.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from suite.records import Record
+    from suite.specs import Track
 
 
 @app.command()
@@ -58,6 +59,10 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items per task; such rows are marked partial.")
     ] = None,
+    from_search: Annotated[
+        Path | None,
+        typer.Option(help="Also run the best recipe of this search, marked as searched."),
+    ] = None,
     keep_checkpoints: Annotated[
         Path | None, typer.Option(help="Keep each cell's checkpoint in this folder.")
     ] = None,
@@ -73,6 +78,9 @@ def run(
     from suite.specs import Track
 
     chosen = Track.load(track) if track else Track()
+    searched: dict[tuple[str, str], str] = {}
+    if from_search is not None:
+        chosen, searched = _with_search(chosen, from_search, bool(track), model)
     given = {
         "models": model,
         "recipes": recipe,
@@ -85,7 +93,7 @@ def run(
     }
     changes = {key: value for key, value in given.items() if value is not None}
     chosen = Track.model_validate(chosen.model_dump() | changes)
-    if not track and not recipe:
+    if not track and not recipe and not from_search:
         raise InputError("nothing to run: name a track (weighin tasks lists them) or give --recipe.")
     options = Options(
         results=results,
@@ -97,7 +105,7 @@ def run(
         keep_checkpoints=keep_checkpoints.resolve() if keep_checkpoints else None,
     )
     with console.status("Planning the grid"):
-        grid = Grid(chosen, options)
+        grid = Grid(chosen, options, searched)
     display = Display(console, grid.cells)
     try:
         with display:
@@ -189,6 +197,34 @@ def plan(
         output_console.print(detectable_line(chosen.name, found), soft_wrap=True)
     if lines and all(line["status"] == "impossible" for line in lines):
         raise typer.Exit(2)
+
+
+def _with_search(
+    track: Track, file: Path, named: bool, models: list[str] | None
+) -> tuple[Track, dict[tuple[str, str], str]]:
+    """The track with the best recipe of a search beside its cells, and the mark of that recipe.
+
+    Without a track of that name, everything else is as in the search too.
+    """
+    from suite.models import load
+    from suite.search import load_found
+
+    found = load_found(file)
+    spec, best = found.spec, found.ranked[0]
+    for name in models or [spec.model]:
+        if load.resolve(name).digest != spec.model_digest:
+            raise InputError(f"search '{file}' was of another model than '{name}': search anew for this one.")
+    cell = (best.recipe, str(spec.budget))
+    changes: dict[str, object] = {"cells": (*track.cells, cell)}
+    if not named:
+        changes |= {
+            "models": (spec.model,),
+            "seeds": (spec.seed,),
+            "calibration": str(spec.calibration),
+            "healing": str(spec.healing) if spec.healing else None,
+            "protocol": spec.protocol_given,
+        }
+    return track.model_copy(update=changes), {cell: found.digest}
 
 
 def _only(

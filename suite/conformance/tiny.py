@@ -115,7 +115,8 @@ def compress(model: PreTrainedModel, recipe: str, budget: str = "none", seed: in
     parsed = Recipe.parse(recipe)
     plan = parsed.plan(anatomy_of(model), Budget.parse(budget), seed)
     teacher = copy.deepcopy(model).requires_grad_(False)
-    return parsed.compress(model, plan, calibration_sample(lambda: teacher))
+    sample = calibration_sample(lambda: teacher)
+    return parsed.compress(model, plan, sample, dense=lambda: copy.deepcopy(teacher).requires_grad_(True))
 
 
 def calibration_sample(teacher: Callable[[], PreTrainedModel] | None = None) -> Calibration:

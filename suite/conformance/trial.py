@@ -40,6 +40,7 @@ from suite.run.runner import process_context
 from suite.run.worker import seed_everything
 from suite.seal import sealed
 from suite.specs import Budget
+from suite.stacking import pointless
 
 TARGETS: dict[Metric, tuple[float, ...]] = {
     "params": (0.8, 0.9, 0.7, 0.5),
@@ -187,11 +188,13 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[Case]:
     if metrics:
         whole = Budget(metric=metrics[0], value=1.0)
         cases.append(Case(family, desk.subject.recipe, whole, "full"))
-    stack = f"{desk.subject.recipe}+{STACKED}"
-    if any(line.sparse for line in seen[0].final.linears):
-        outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
-    elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
-        cases.append(Case(family, stack, cases[0].budget, "stack"))
+        stack = f"{desk.subject.recipe}+{STACKED}"
+        if any(map(pointless, recipe.stages)):
+            outcomes.append(Outcome("stacks under int4", family, "exempt", "it changes nothing"))
+        elif any(line.sparse for line in seen[0].final.linears):
+            outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
+        elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
+            cases.append(Case(family, stack, cases[0].budget, "stack"))
     else:
         outcomes.append(Outcome("stacks under int4", family, "exempt", "it leaves no dense linears"))
     return cases

@@ -101,13 +101,18 @@ class Anatomy:
         """Parameters of the blocks' linears (whatever replaced them included), norms left out."""
         return decoder_params(self.entries, self.layout)
 
+    @property
+    def packed(self) -> bool:
+        """Whether a quantizer has packed linears of the blocks."""
+        return any(linear.packed for linear in self.linears)
+
     def dense_linears(self, method: str, or_sparse: bool = False) -> tuple[LinearShape, ...]:
         """The linears, all still dense; sparse ones are let pass when `or_sparse`.
 
         Raises:
             InputError: an earlier stage packed them, or stored them without their zeros.
         """
-        if any(linear.packed for linear in self.linears):
+        if self.packed:
             raise InputError(
                 f"'{method}' needs dense weights, but an earlier stage quantized them."
                 f" Put the quantizer last: {method}+..."

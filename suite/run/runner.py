@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,13 +76,15 @@ Listener = Callable[[Cell], None]
 class Grid:
     """All cells of a track, planned; `run` computes the missing ones."""
 
-    def __init__(self, track: Track, options: Options):
+    def __init__(self, track: Track, options: Options, searched: Mapping[tuple[str, str], str] | None = None):
         """Resolve everything a user may have got wrong, before any model is compressed.
+
+        `searched` maps (recipe, budget) to the digest of the search that found the recipe.
 
         Raises:
             InputError: the first thing that is wrong.
         """
-        self.options = options
+        self.options, self.searched = options, searched or {}
         self.store = RecordStore(options.results)
         self.plugins = {str(Path(p).expanduser().resolve()): load_plugin(p) for p in options.plugins}
         check_device(options.device)
@@ -139,9 +141,15 @@ class Grid:
 
     def _cell(self, spec: RunSpec, source: load.Source, recipe: Recipe, anatomy: Anatomy) -> Cell:
         existing = self.store.find(spec)
+        searched = self.searched.get((spec.recipe, str(spec.budget)))
+        if existing is not None and searched and not existing.searched:
+            existing.searched = searched  # the same numbers, but now it is known how the recipe came about
+            self.store.save(existing)
         if existing is not None and existing.status == "ok" and self._has_wanted_checkpoint(existing):
             return Cell(spec, source, existing, state="cached")
-        record = Record(status="failed", spec=spec, model_note=source.note, dense=_sizes(anatomy))
+        record = Record(
+            status="failed", spec=spec, model_note=source.note, dense=_sizes(anatomy), searched=searched
+        )
         cell = Cell(spec, source, record)
         try:
             plan = recipe.plan(anatomy, spec.budget, spec.seed)
@@ -222,7 +230,7 @@ class Grid:
                     kind, content = receiver.recv()
                 except EOFError:
                     process.join()
-                    raise _CellBroke(_describe_death(process, job.log)) from None
+                    raise _CellBroke(describe_death(process, job.log)) from None
                 if kind == "result":
                     return dict(content)
                 if kind == "error":
@@ -230,7 +238,7 @@ class Grid:
                 _update(cell, kind, content)
                 listener(cell)
         finally:
-            _end(process)
+            end_process(process)
             receiver.close()
 
     def _record(self, cell: Cell, results: dict[str, Any]) -> None:
@@ -335,7 +343,8 @@ def _update(cell: Cell, kind: str, content: Any) -> None:
         cell.share_done = (STAGES.index(cell.stage) + done / max(total, 1)) / len(STAGES)
 
 
-def _describe_death(process: BaseProcess, log: Path) -> str:
+def describe_death(process: BaseProcess, log: Path) -> str:
+    """Why a worker is gone without a word: its signal, or its exit code and last line."""
     code = process.exitcode or 0
     if code < 0:
         name = signal.Signals(-code).name
@@ -346,7 +355,7 @@ def _describe_death(process: BaseProcess, log: Path) -> str:
     return f"the worker ended with exit code {code}{last}"
 
 
-def _end(process: BaseProcess) -> None:
+def end_process(process: BaseProcess) -> None:
     """Give a process a moment to leave by itself, then make it."""
     process.join(0.5)
     if process.is_alive():

@@ -26,11 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite import bfloat16, calibration, checkpoint
+from suite.calibration import Calibration
 from suite.errors import WeighinError
 from suite.evaluate import harness, perplexity
 from suite.measure import speed
 from suite.measure.ledger import Entry, ledger, total_disk, total_params
-from suite.measure.memory import peak_memory, resident_memory
+from suite.measure.memory import Peak, peak_memory, resident_memory
+from suite.measure.simulated import simulated_share
 from suite.method import Method
 from suite.models import load
 from suite.models.anatomy import decoder_params
@@ -85,8 +87,12 @@ class Reporter:
         self.pipe.send(("progress", (detail, done, total)))
 
 
-def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
-    """Plan, compress, save. Returns the cost of compression."""
+Compressed = tuple[PreTrainedModel, PreTrainedTokenizerBase, RecipePlan, Calibration | None, Peak]
+"""The model, its tokenizer, the plan as it was carried out, what it was calibrated on, and peak memory."""
+
+
+def compressed(job: Job, report: Reporter) -> Compressed:
+    """Plan, load and compress, with all that models are scored on out of reach."""
     spec = job.spec
     scored_on = (
         audit.evaluation_paths(job.data_folder),
@@ -101,7 +107,7 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         sample = None
         if recipe.needs & {"calibration", "training"}:
             sample = calibration.draw(spec.calibration, tokenizer, spec.seed, job.data_folder)
-        if spec.healing is not None and sample is not None:
+        if spec.healing is not None and sample is not None and "training" in recipe.needs:
             training = calibration.draw_training(
                 spec.healing, tokenizer, lambda: _teacher(job), spec.seed, job.data_folder
             )
@@ -112,7 +118,33 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             report.progress(stage.name, recipe.stages.index(stage), len(recipe.stages))
             seed_everything(spec.seed)
 
-        plan = recipe.compress(model, plan, sample, before)
+        plan = recipe.compress(model, plan, sample, before, lambda: _dense(job))
+    return model, tokenizer, plan, sample, peak
+
+
+def score_held_back(count: int, job: Job, report: Reporter) -> dict[str, Any]:
+    """Compress, and measure perplexity on `count` sequences beside all that the method has learnt from."""
+    spec = job.spec
+    model, tokenizer, plan, _, _ = compressed(job, report)
+    text = calibration.draw_held_back(
+        spec.calibration, spec.healing, count, tokenizer, spec.seed, job.data_folder
+    )
+    if spec.protocol.dtype != "native":
+        model = model.to(getattr(torch, spec.protocol.dtype))
+    with report.stage("perplexity"):
+        nlls = torch.cat([perplexity.window_nlls(model, ids) for ids in text.split(perplexity.BATCH_SIZE)])
+    mean = float(nlls.sum()) / (text.shape[0] * (text.shape[1] - 1))
+    return {
+        "nll_per_token": mean,
+        "text_digest": calibration.tokens_digest(text),
+        "params": plan.final.params,
+        "bytes": plan.final.bytes,
+    }
+
+
+def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
+    """Plan, compress, save. Returns the cost of compression."""
+    model, tokenizer, plan, sample, peak = compressed(job, report)
     with report.stage("save"):
         ids = _probe_ids(model.config.vocab_size)
         checkpoint.save(model, tokenizer, job.folder)
@@ -179,6 +211,7 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             "prefill": prefill,
             "decode": decode,
             "training": training,
+            "simulated_share": simulated_share(model, entries, layout_of(model.config)),
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "perplexity": ppl,
             "tasks": tasks,
@@ -223,8 +256,12 @@ def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connec
 
 
 def _teacher(job: Job) -> PreTrainedModel:
+    return _dense(job).requires_grad_(False)
+
+
+def _dense(job: Job) -> PreTrainedModel:
     with lifted():  # a model from the hub asks whether its cached files are current
-        return load.load_model(job.source, job.spec.device).requires_grad_(False)
+        return load.load_model(job.source, job.spec.device)
 
 
 def _probe_ids(vocab_size: int) -> Tensor:

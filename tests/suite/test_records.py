@@ -149,3 +149,16 @@ def test_an_unwritable_folder_is_refused_at_once(tmp_path: Path) -> None:
 def test_the_schema_version_is_written() -> None:
     assert json.loads(examples.finished().model_dump_json())["schema_version"] == SCHEMA_VERSION
     assert Record.model_validate(json.loads(examples.failed().model_dump_json())) == examples.failed()
+
+
+def test_a_record_from_before_searches_and_simulated_layers_is_still_read(tmp_path: Path) -> None:
+    store, record = RecordStore(tmp_path), examples.finished()
+    path = store.save(record)
+    content = json.loads(path.read_text())
+    del content["searched"], content["measurements"]["simulated_share"]
+    path.write_text(json.dumps(content))
+    old = store.read(path)
+    assert old.searched is None
+    assert old.measurements is not None
+    assert old.measurements.simulated_share is None
+    assert old.id == record.id

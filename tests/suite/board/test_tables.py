@@ -99,3 +99,54 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(records: list[Record]) 
     assert "<script>" not in html
     assert "http" not in html
     assert "layerchop" in html
+
+
+def simulated(record: Record, share: float) -> Record:
+    assert record.measurements is not None
+    record.measurements.simulated_share = share
+    return record
+
+
+def test_simulated_rows_show_speeds_with_a_mark_and_without_a_ratio() -> None:
+    dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
+    packed = simulated(examples.finished("rtn-int8", "bytes=0.5", params=900), 0.95)
+    honest = simulated(examples.finished("svd", "bytes=0.5", params=500), 0.0)
+    text = tables.markdown([dense, packed, honest])
+    line = next(line for line in text.splitlines() if line.startswith("| rtn-int8"))
+    assert line.count("‡") == 3
+    assert "×)" not in line
+    assert "(2.00×)" in next(line for line in text.splitlines() if line.startswith("| svd"))
+    assert "that of the imitation and is not compared: rtn-int8 95 %" in text
+    row = next(row for row in tables.rows([dense, packed, honest]) if row["recipe"] == "rtn-int8")
+    assert row["prefill_ratio"] is row["decode_ratio"] is row["train_ratio"] is None
+
+
+def test_rows_slower_than_dense_on_the_same_device_are_named() -> None:
+    dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
+    slow = simulated(examples.finished("svd", "params=0.8", params=1100), 0.0)
+    fast = simulated(examples.finished("layerchop", "params=0.8", params=800), 0.0)
+    packed = simulated(examples.finished("rtn-int8", "params=0.8", params=1100), 0.9)
+    text = tables.markdown([dense, slow, fast, packed])
+    note = next(line for line in text.splitlines() if "slower than dense" in line)
+    assert "svd (prefill and decode)" in note
+    assert "rtn-int8 (prefill and decode)" in note
+    assert "layerchop" not in note
+    slow.conditions["device"] = packed.conditions["device"] = "another"
+    assert "slower than dense" not in tables.markdown([dense, slow, fast, packed])
+
+
+def test_searched_rows_are_marked_and_explained(records: list[Record]) -> None:
+    records[1].searched = "0123456789abcdef"
+    text = tables.markdown(records)
+    assert "| svd †" in text
+    assert "weighin search, 0123456789abcdef" in text
+    assert "$\\dagger$" in tables.latex(records)
+    rows = json.loads(tables.as_json(records))
+    assert [row.get("searched") for row in rows if row["recipe"] == "svd"] == ["0123456789abcdef", None]
+
+
+def test_boards_of_older_records_stay_as_they_were(records: list[Record]) -> None:
+    assert not {"searched", "simulated_share", "slower_than_dense"} & set(tables.rows(records)[0])
+    assert not {"†", "‡"} & set(tables.markdown(records))
+    columns = pd.read_csv(io.StringIO(tables.comma_separated(records))).columns
+    assert not {"searched", "simulated_share", "slower_than_dense"} & set(columns)

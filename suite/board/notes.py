@@ -1,0 +1,85 @@
+"""What stands under a board's tables: reasons, conditions, and what its marks mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+SEARCHED, SIMULATED = " †", " ‡"
+
+
+def label(row: Row) -> str:
+    """The recipe, its seed if that is not 0, and a mark if a search found it."""
+    seed = f" (seed {row['seed']})" if row["seed"] else ""
+    return f"{row['recipe']}{seed}" + (SEARCHED if row.get("searched") else "")
+
+
+def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
+    """The lines under a table."""
+    lines = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
+    lines += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
+    lines += sorted({row["note"] for row in members if row["note"]})
+    lines += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
+    lines.append(
+        "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
+        " parameters kept; peak: highest memory during inference above the empty process; compress MB:"
+        " highest memory of the whole process that compresses"
+    )
+    lines.append(
+        "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
+    )
+    if any(row["rank"] for row in members):
+        lines.append(
+            "rank: the places a row can have among the compressed rows of this table, from paired items, all"
+            " together with 95 % confidence; rows whose ranks overlap may not be told apart"
+        )
+    if any(row["accuracy_difference"] is not None for row in members):
+        lines.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")
+    lines += noise_notes(next((row["noise"] for row in members if row["noise"]), None))
+    lines += _speed_notes(members)
+    if any(row.get("searched") for row in members):
+        searches = ", ".join(sorted({row["searched"] for row in members if row.get("searched")}))
+        lines.append(
+            f"†: the recipe was chosen by a search over many (weighin search, {searches}) on text that is"
+            " neither learnt from nor scored on; rows without it were named by a person"
+        )
+    if has_dense:
+        lines.append(
+            "in brackets: ratio to dense, measured apart on the same kind of machine; peak and ratios carry"
+            " its noise"
+        )
+    return tuple(lines)
+
+
+def _speed_notes(members: Sequence[Row]) -> list[str]:
+    lines = []
+    simulated = [row for row in members if row.get("simulated_share")]
+    if simulated:
+        shares = ", ".join(f"{label(row)} {100 * row['simulated_share']:.0f} %" for row in simulated)
+        lines.append(
+            "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
+            f" that of the imitation and is not compared: {shares}"
+        )
+    slower = [row for row in members if row["recipe"] != "dense" and row.get("slower_than_dense")]
+    if slower:
+        named = ", ".join(f"{label(row)} ({' and '.join(row['slower_than_dense'])})" for row in slower)
+        lines.append(f"slower than dense, measured on the same device and at the same batch: {named}")
+    return lines
+
+
+def noise_notes(noise: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """What the same model changes by when only how it is computed changes, one line per change."""
+    if not noise:
+        return ["noise floor: not measured in these records"]
+    return [
+        f"noise floor, dense with {n['changed']}: {n['flips']:,} of {n['items']:,} items flip, accuracy"
+        f" {points(n['accuracy_difference'])} points, a log-likelihood by up to"
+        f" {n['largest_log_likelihood_difference']:.3g} nats, perplexity × {n['perplexity_ratio']:.6g}"
+        for n in noise
+    ]
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")

@@ -1,0 +1,43 @@
+"""The share of a model that rebuilds dense weights for each call."""
+
+from __future__ import annotations
+
+import pytest
+
+from suite.conformance import tiny
+from suite.measure.ledger import ledger
+from suite.measure.simulated import simulated_share
+from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
+
+
+def share(model: tiny.PreTrainedModel) -> float:
+    return simulated_share(model, ledger(model), layout_of(model.config))
+
+
+def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
+    model = tiny.build(family)
+    assert share(model) == 0
+    tiny.compress(model, "svd(share=0.5)")
+    assert share(model) == 0
+
+
+def test_every_linear_of_a_class_marked_simulated_counts(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("suite.layers.PackedLinear.simulated", True)
+    model = tiny.build(family)
+    tiny.compress(model, "svd(share=0.5)+rtn-int4(embedding=8)")
+    biases = 1 - share(model)
+    assert 0 <= biases < 0.05
+    monkeypatch.setattr("suite.layers.PackedLinear.simulated", False)
+    assert share(model) == 0
+
+
+def test_a_part_counts_by_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    lines = anatomy_of(model).linears
+    chosen = model.get_submodule(lines[0].path)
+    monkeypatch.setattr(chosen, "simulated", True, raising=False)
+    weights = [line.out_features * line.in_features for line in lines]
+    assert share(model) == pytest.approx(weights[0] / sum(weights))
