@@ -119,20 +119,21 @@ class Awq(Quantizer[AwqConfig]):
 
 def observed(block: BlockOnStream, path: str) -> Inputs:
     """Second moment and mean size of the inputs of the linear at `path` inside the block."""
-    moments, sizes, tokens = [], [], 0
+    moment: Tensor | None = None
+    size: Tensor | None = None
+    tokens = 0
 
     def see(value: Tensor) -> None:
-        nonlocal tokens
-        if moments:
-            moments[0] += second_moment(value)
-            sizes[0] += value.double().abs().sum(0)
-        else:
-            moments.append(second_moment(value))
-            sizes.append(value.double().abs().sum(0))
+        nonlocal moment, size, tokens
+        part, sizes = second_moment(value), value.double().abs().sum(0)
+        moment = part if moment is None else moment + part
+        size = sizes if size is None else size + sizes
         tokens += len(value)
 
     block.observe(path, see)
-    return Inputs(moments[0].float(), (sizes[0] / tokens).float())
+    assert moment is not None
+    assert size is not None
+    return Inputs(moment.float(), (size / tokens).float())
 
 
 @torch.no_grad()
