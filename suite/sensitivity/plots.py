@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from suite.sensitivity.report import over_depth
 # Luminance of this map rises evenly: printed in grey, darker still means more sensitive.
 _COLOURS = "cividis_r"
 _DECADES = 1e-3
+_TITLE_WIDTH = 85
 _LINES = ("-", "--", "-.", ":")
 _MARKS = "osD^v"
 _INCREASE = "increase of log-perplexity (nats per token)"
@@ -162,8 +164,10 @@ def _title(profile: Profile, strengths: Sequence[float]) -> str:
     shares = ", ".join(f"{strength:g}" for strength in strengths)
     what = {"params": "parameters", "bytes": "bytes"}[spec.metric]
     done = f"reduced to {shares} of its {what}" if any(strengths) else "removed"
+    # A recipe has no blanks to break at.
+    what_was_done = f"{spec.model}, {spec.method.replace(',', ', ')}: one {spec.by} at a time {done}"
     return (
-        f"{spec.model}, {spec.method}: one {spec.by} at a time {done}\n"
+        f"{textwrap.fill(what_was_done, _TITLE_WIDTH)}\n"
         f"{len(dense.window_nlls)} × {spec.calibration.length} tokens of {spec.calibration.source},"
         f" held back from calibration ({spec.calibration}, seed {spec.seed})"
     )
