@@ -73,7 +73,9 @@ def test_a_wrong_setting_is_one_message(pytester: pytest.Pytester, arguments: st
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_throughput_goes_through_pytest_benchmark(pytester: pytest.Pytester, phase: str) -> None:
+def test_throughput_goes_through_pytest_benchmark(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     folder = save_checkpoint(pytester.path / "model")
     pytester.makepyfile(f"""
         def test_speed(weighin_throughput, benchmark):
@@ -82,7 +84,9 @@ def test_throughput_goes_through_pytest_benchmark(pytester: pytest.Pytester, pha
             assert len(benchmark.stats.stats.data) == 5
             assert benchmark.extra_info["phase"] == {phase!r}
     """)
-    arguments = ("-p", "suite.pytest_plugin", "-p", "no:cacheprovider")
+    # pytest-benchmark measures nothing where xdist is at work.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    arguments = ("-p", "suite.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
     pytester.runpytest_inprocess(*arguments).assert_outcomes(passed=1)
 
 
