@@ -91,7 +91,7 @@ class ReducedOrder(Method[ReducedOrderConfig]):
         offers = {line.path: self._settings(line) for line in inside}
         if self.config.shares is not None:
             shares = shares_for(self.config.shares, anatomy)
-            chosen = {path: _within(settings, shares[path]) for path, settings in offers.items()}
+            chosen = {path: within_share(settings, shares[path]) for path, settings in offers.items()}
             return self._plan(linears, _ranks(offers, chosen))
         if self.config.share is not None or target is None:
             share = 1.0 if self.config.share is None else self.config.share
@@ -203,7 +203,7 @@ class _Work:
         if self.config.allocation not in ("water-filled", "searched"):
             return
         for group in self._groups(block):
-            inputs = _Inputs.of(block, group[0], self.config.centred)
+            inputs = Inputs.of(block, group[0], self.config.centred)
             for path in group:
                 metric, scale = _metric(moments[path])
                 projection = self._project(block, path, inputs, metric)
@@ -222,7 +222,7 @@ class _Work:
         ]
         return self.anatomy.layout.inputs_shared(inside)
 
-    def _project(self, block: BlockOnStream, path: str, inputs: _Inputs, metric: Tensor | None) -> Projection:
+    def _project(self, block: BlockOnStream, path: str, inputs: Inputs, metric: Tensor | None) -> Projection:
         weight = _linear(block, path).weight
         used = metric if self.config.metric == "loss" else None
         return principal_outputs(weight, inputs.moment, used)
@@ -263,38 +263,45 @@ class _Work:
         for group in self._groups(block):
             if not chosen.keys() & set(group):
                 continue
-            inputs = _Inputs.of(block, group[0], self.config.centred)
+            inputs = Inputs.of(block, group[0], self.config.centred)
             for path in chosen.keys() & set(group):
                 linear = _linear(block, path)
                 metric = _metric(moments[path])[0] if moments else None
                 projection = self._project(block, path, inputs, metric)
                 before[prefix + path] = linear
-                replace(self.model, prefix + path, _factors(linear, projection, chosen[path], inputs.mean))
+                replace(
+                    self.model,
+                    prefix + path,
+                    factors_of(linear, projection, chosen[path], inputs.mean),
+                )
         return before
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Second moment of a linear's inputs; about their mean (n) when that is given."""
 
     moment: Tensor
     mean: Tensor | None
 
     @classmethod
-    def of(cls, block: BlockOnStream, path: str, centred: bool) -> _Inputs:
+    def of(cls, block: BlockOnStream, path: str, centred: bool, pooled: bool = False) -> Inputs:
+        """The inputs of the linear at `path`; pooled moments are about the mean of each batch."""
         moment = block.second_moment(path)
         if not centred:
             return cls(moment, None)
-        total, tokens = torch.zeros(len(moment), dtype=moment.dtype, device=moment.device), 0
+        sums: list[tuple[Tensor, int]] = []
 
         def add(value: Tensor) -> None:
-            nonlocal tokens
-            total.add_(value.double().sum(0))
-            tokens += len(value)
+            sums.append((value.double().sum(0), len(value)))
 
         block.observe(path, add)
-        mean = total / tokens
-        return cls(moment - tokens * torch.outer(mean, mean), mean)
+        total, tokens = torch.zeros_like(sums[0][0]), sum(count for _, count in sums)
+        for part, _ in sums:
+            total.add_(part)
+        for part, count in sums if pooled else [(total, tokens)]:
+            moment = moment - count * torch.outer(part / count, part / count)
+        return cls(moment, total / tokens)
 
 
 def _linear(block: BlockOnStream, path: str) -> nn.Linear:
@@ -313,7 +320,7 @@ def _metric(moment: Tensor) -> tuple[Tensor, float]:
     return (1 - DAMPING) * moment / scale + DAMPING * identity, scale
 
 
-def _factors(linear: nn.Linear, projection: Projection, rank: int, mean: Tensor | None) -> LowRankLinear:
+def factors_of(linear: nn.Linear, projection: Projection, rank: int, mean: Tensor | None) -> LowRankLinear:
     """The two thin linears; with a `mean` input (n), a bias keeps the output for it."""
     weight = linear.weight.detach().double()
     left, right = projection.expand[:, :rank], projection.reduce[:rank] @ weight
@@ -335,7 +342,7 @@ def _tempered(offers: Mapping[str, list[Setting]], power: float) -> dict[str, li
     return tempered
 
 
-def _within(settings: list[Setting], share: float) -> int:
+def within_share(settings: list[Setting], share: float) -> int:
     """The dearest setting of at most `share` of the weights; settings by rising cost."""
     costs = [setting.cost for setting in settings]
     return max(0, bisect_right(costs, share * costs[-1]) - 1)
