@@ -167,9 +167,8 @@ def batch_loss(
     if teacher is not None:
         with torch.no_grad():
             taught = (_hidden(teacher, ids), teacher.get_output_embeddings())
-    return mean_loss(
-        objective, (_hidden(model, ids), model.get_output_embeddings()), ids[:, 1:].flatten(), taught
-    )
+    student, targets = (_hidden(model, ids), model.get_output_embeddings()), ids[:, 1:]
+    return mean_loss(objective, student, targets.flatten(), taught, length=targets.shape[1])
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

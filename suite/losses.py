@@ -19,21 +19,24 @@ CHUNK = 512
 
 
 class Objective(Frozen):
-    """(1 − `distill`)·CE + `distill`·τ²·KL, plus `hidden` times the hidden-state term.
+    """(1 − `distill`)·CE + `distill`·τ²·KL, plus terms of the last hidden states.
 
     `direction`: "forward" is KL(p‖q), "reverse" KL(q‖p). The hidden-state term is one minus the cosine
-    of the last hidden states, as in DistilBERT (arXiv 1910.01108, section 3).
+    of the last hidden states, as in DistilBERT (arXiv 1910.01108, section 3). The contrastive term, with
+    a temperature of its own, tells a token's state from those of its sequence: see `contrastive`.
     """
 
     distill: float = Field(default=0.0, ge=0, le=1)
     direction: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0)
     hidden: float = Field(default=0.0, ge=0)
+    contrast: float = Field(default=0.0, ge=0)
+    contrast_temperature: float = Field(default=0.1, gt=0)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the dense model's outputs are part of the loss."""
-        return self.distill > 0 or self.hidden > 0
+        return self.distill > 0 or self.hidden > 0 or self.contrast > 0
 
 
 def divergence(
@@ -44,6 +47,19 @@ def divergence(
     q = (student.float() / temperature).log_softmax(-1)
     first, second = (p, q) if direction == "forward" else (q, p)
     return temperature**2 * (first.exp() * (first - second)).sum(-1)
+
+
+def contrastive(teacher: Tensor, student: Tensor, temperature: float = 0.1) -> Tensor:
+    """Contrastive loss per token (length) of one sequence's hidden states (length × width each).
+
+    Minus the log-probability of finding the teacher's state of the same token among its states of all
+    tokens, by cosine over `temperature`: the others of the sequence are the negatives, in full precision
+    (Tao et al., arXiv 2203.10705, section 3.1).
+    """
+    positive = functional.normalize(teacher.float(), dim=-1)
+    anchors = functional.normalize(student.float(), dim=-1)
+    logits = anchors @ positive.T / temperature
+    return functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
 
 
 def token_losses(
@@ -68,11 +84,13 @@ def mean_loss(
     teacher: tuple[Tensor, nn.Module] | None = None,
     mask: Tensor | None = None,
     chunk: int = CHUNK,
+    length: int | None = None,
 ) -> Tensor:
     """Mean loss over positions whose `mask` (positions, bool) is true; all without a mask.
 
     `student` and `teacher` are final hidden states (positions × width) and the head that makes logits
-    of them. Logits exist for `chunk` positions at a time, and once only: see `_InChunks`.
+    of them. Logits exist for `chunk` positions at a time, and once only: see `_InChunks`. `length`:
+    positions in one sequence, for the contrastive term; all are one sequence without it.
     """
     hidden, head = student
     keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
@@ -95,6 +113,11 @@ def mean_loss(
     if objective.hidden > 0 and teacher is not None:
         cosine = functional.cosine_similarity(hidden[index].float(), teacher[0][index].float(), dim=-1)
         loss = loss + objective.hidden * (1 - cosine).mean()
+    if objective.contrast > 0 and teacher is not None:
+        rows = index.split((torch.bincount(index // (length or len(targets)))).tolist())
+        pairs = [(teacher[0][row], hidden[row]) for row in rows if len(row)]
+        terms = [contrastive(p, q, objective.contrast_temperature) for p, q in pairs]
+        loss = loss + objective.contrast * torch.cat(terms).mean()
     return loss
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from suite.losses import Objective, divergence, mean_loss, token_losses
+from suite.losses import Objective, contrastive, divergence, mean_loss, token_losses
 
 
 def logits(seed: int, positions: int = 7, vocabulary: int = 11) -> Tensor:
@@ -91,9 +91,11 @@ class Pair:
         self.taught = torch.randn(positions, width)
         self.targets = torch.randint(vocabulary, (positions,))
 
-    def loss(self, objective: Objective, mask: Tensor | None = None, chunk: int = 512) -> Tensor:
+    def loss(
+        self, objective: Objective, mask: Tensor | None = None, chunk: int = 512, length: int | None = None
+    ) -> Tensor:
         teacher = (self.taught, self.teachers)
-        return mean_loss(objective, (self.hidden, self.head), self.targets, teacher, mask, chunk)
+        return mean_loss(objective, (self.hidden, self.head), self.targets, teacher, mask, chunk, length)
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(distill=0.5), Objective(distill=1, hidden=2.0)])
@@ -164,3 +166,69 @@ def test_equal_hidden_states_cost_nothing() -> None:
     pair.taught = pair.hidden.detach() * 3
     plain, with_hidden = pair.loss(Objective()), pair.loss(Objective(hidden=5.0))
     torch.testing.assert_close(plain, with_hidden)
+
+
+def test_the_contrastive_loss_is_that_of_its_definition() -> None:
+    teacher, student = logits(0, 5, 4), logits(1, 5, 4)
+    expected = []
+    for token in range(5):
+        scores = [float(torch.cosine_similarity(student[token], other, dim=0)) / 0.5 for other in teacher]
+        expected.append(-scores[token] + float(torch.tensor(scores).logsumexp(0)))
+    assert contrastive(teacher, student, 0.5).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_token_alone_has_nothing_to_be_told_from() -> None:
+    assert float(contrastive(logits(0, 1), logits(1, 1))) == 0
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 10.0))
+def test_only_directions_are_contrasted(seed: int, scale: float) -> None:
+    teacher, student = logits(seed), logits(seed + 1)
+    found = contrastive(scale * teacher, student / scale)
+    torch.testing.assert_close(found, contrastive(teacher, student), rtol=1e-3, atol=1e-4)
+
+
+def test_states_in_the_place_of_another_token_cost_more() -> None:
+    teacher = logits(0)
+    assert (contrastive(teacher, teacher) < contrastive(teacher, teacher.roll(1, 0))).all()
+
+
+def test_states_that_have_all_become_alike_cost_the_logarithm_of_their_number() -> None:
+    alike = logits(0, 1).expand(7, -1)
+    torch.testing.assert_close(contrastive(logits(1), alike).exp().reciprocal().sum(), torch.tensor(1.0))
+    assert contrastive(alike, logits(1)).tolist() == pytest.approx([float(torch.tensor(7.0).log())] * 7)
+
+
+def test_negatives_come_from_the_tokens_own_sequence() -> None:
+    pair, mask = Pair(positions=12), torch.arange(12) % 5 > 0
+    objective = Objective(contrast=2.0, contrast_temperature=0.3)
+    for keep in (None, mask):
+        expected = pair.loss(Objective(), keep)
+        losses = []
+        for start in (0, 6):
+            rows = torch.arange(start, start + 6)
+            rows = rows if keep is None else rows[keep[rows]]
+            losses.append(contrastive(pair.taught[rows], pair.hidden[rows], 0.3))
+        torch.testing.assert_close(
+            pair.loss(objective, keep, length=6), expected + 2 * torch.cat(losses).mean()
+        )
+
+
+def test_a_sequence_without_a_position_that_counts_is_left_out() -> None:
+    pair, mask = Pair(positions=12), torch.arange(12) >= 6
+    found = pair.loss(Objective(contrast=1.0), mask, length=6)
+    expected = contrastive(pair.taught[6:], pair.hidden[6:]).mean()
+    torch.testing.assert_close(found, pair.loss(Objective(), mask) + expected)
+    before = pair.loss(Objective(contrast=1.0), mask, length=6)
+    with torch.no_grad():
+        pair.hidden[:6] += 3
+        pair.taught[:6] -= 3
+    torch.testing.assert_close(pair.loss(Objective(contrast=1.0), mask, length=6), before)
+
+
+def test_the_contrast_teaches_the_student_alone() -> None:
+    pair = Pair()
+    pair.loss(Objective(contrast=1.0)).backward()
+    assert pair.hidden.grad is not None
+    assert pair.taught.grad is None
+    assert Objective(contrast=1.0).needs_teacher
