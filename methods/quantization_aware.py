@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from methods.healing import TrainingConfig
-from methods.quantization import Bits, RtnInt4, RtnInt4Config
+from methods.quantization import Bits, RtnInt4, UniformConfig
 from suite.calibration import Calibration
 from suite.healing import train
 from suite.layers import ModuleSpec, PackedLinear, pack, replace
@@ -89,14 +89,14 @@ class QuantGpt(Method[QuantGptConfig]):
         notes = train(model, calibration.training, objective, config.schedules())
         for path, spec in packed.items():
             replace(model, path, pack_linear(model.get_submodule(path), spec))
-        # What is still dense and in the plan: embedding and head.
-        _rounding(plan.knobs["embedding"]).compress(model, plan, None)
+        ends = {path: spec for path, spec in plan.modules.items() if path not in packed}
+        _rounding(plan.knobs["embedding"]).compress(model, Plan(modules=ends), None)
         return plan.model_copy(update={"notes": notes})
 
 
 def _rounding(embedding: Bits) -> RtnInt4:
     """Rounding to nearest with a scale a row, for embedding and head."""
-    return RtnInt4(RtnInt4Config(group="channel", embedding=embedding))
+    return RtnInt4(UniformConfig(group="channel", embedding=embedding))
 
 
 class DynamicScaling(nn.Module):
