@@ -113,16 +113,14 @@ def test_every_linear_is_packed_at_the_bits_asked_for(family: str, bits: int) ->
 
 def test_the_embedding_is_rounded_when_the_bytes_ask_for_it(family: str) -> None:
     dense = tiny.anatomy(family)
+    least = Recipe.parse("quantgpt(embedding=4)").plan(dense, Budget.parse("none")).final.bytes
     recipe = Recipe.parse("quantgpt")
-    found = {
-        share: recipe.plan(dense, Budget(metric="bytes", value=share)).stages[0].knobs["embedding"]
-        for share in (0.8, 0.24)
-    }
-    assert found[0.8] == 16
-    assert found[0.24] < 16
+    roomy, tight = Budget.parse("bytes=0.8"), Budget(metric="bytes", value=least)
+    assert recipe.plan(dense, roomy).stages[0].knobs["embedding"] == 16
+    assert recipe.plan(dense, tight).stages[0].knobs["embedding"] == 4
     model = tiny.build(family)
-    plan = tiny.compress(model, "quantgpt(learning_rate=1e-4)", "bytes=0.24")
-    assert total_disk(ledger(model)) == plan.final.bytes <= 0.24 * dense.bytes
+    plan = tiny.compress(model, "quantgpt(learning_rate=1e-4)", str(tight))
+    assert total_disk(ledger(model)) == plan.final.bytes <= least
 
 
 def test_training_brings_the_rounded_student_closer_to_its_teacher() -> None:
