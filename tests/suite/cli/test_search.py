@@ -78,7 +78,7 @@ def test_a_missing_optuna_names_the_install_command(
 @pytest.mark.slow
 def test_a_record_of_a_searched_recipe_says_so(search: Callable[..., Result], tmp_path: Path) -> None:
     found = json.loads(
-        search("--budget", "bytes=0.5", "--recipe", "rtn-int8", "--time", "5m", "--json").stdout
+        search("--budget", "bytes=0.5", "--recipe", "rtn-int8", "--time", "20m", "--json").stdout
     )
     command = ["run", "--from-search", found["file"], "--results", str(tmp_path), "--json"]
     result = CliRunner().invoke(app, command)
