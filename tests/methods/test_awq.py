@@ -66,9 +66,9 @@ def test_a_clip_never_raises_the_error_of_a_group(symmetric: bool) -> None:
     assert clipped.sum() < plain.sum()
 
 
-def distance(family: str, recipe: str, dtype: torch.dtype = torch.float32) -> float:
+def distance(family: str, recipe: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> float:
     """Relative distance of the logits on the calibration tokens, of a model with strong channels."""
-    ids, model = tiny.calibration_sample().tokens, tiny.build(family, dtype)
+    ids, model = tiny.calibration_sample().tokens, tiny.build(family, dtype, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
@@ -78,10 +78,18 @@ def distance(family: str, recipe: str, dtype: torch.dtype = torch.float32) -> fl
     return float((tiny.logits_of(model, ids).float() - dense).norm() / dense.norm())
 
 
-def test_the_model_comes_closer_to_the_dense_one_than_by_rounding(family: str) -> None:
-    rounded = distance(family, "rtn-int4(group=16,symmetric=false)")
-    assert distance(family, "awq-int4(group=16,clip=false)") < rounded
-    assert distance(family, "awq-int4(group=16)") < 0.9 * rounded
+def test_models_come_closer_to_the_dense_ones_than_by_rounding(family: str) -> None:
+    # Only each matrix's own error is sure to fall, so models are taken together.
+    rounded, scaled, clipped = (
+        sum(distance(family, recipe, seed=seed) for seed in range(4))
+        for recipe in (
+            "rtn-int4(group=16,symmetric=false)",
+            "awq-int4(group=16,clip=false)",
+            "awq-int4(group=16)",
+        )
+    )
+    assert scaled < rounded
+    assert clipped < 0.9 * rounded
 
 
 def test_queries_and_keys_keep_their_whole_range() -> None:
