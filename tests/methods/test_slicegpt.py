@@ -518,6 +518,7 @@ def test_a_budget_below_one_coordinate_is_refused_with_the_smallest_size(referen
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_perplexity_rises_with_the_cut_on_the_real_model(data_folder: Path) -> None:
+    from suite import bfloat16
     from suite.calibration import draw
     from suite.evaluate import perplexity
     from suite.models import load
@@ -528,10 +529,11 @@ def test_perplexity_rises_with_the_cut_on_the_real_model(data_folder: Path) -> N
     calibration = draw(CalibrationSpec.parse("wikitext2:8x256"), tokenizer, 0, data_folder)
     spec = PerplexitySpec(source="pydoc", window=256, windows=4)
     found = []
-    for width in (576, 528, 456, 380):
-        model = load.load_model(source)
-        recipe = Recipe.parse(f"slicegpt(width={width})")
-        recipe.compress(model, recipe.plan(anatomy_of(model), Budget(metric="none")), calibration)
-        found.append(perplexity.measure(model, tokenizer, spec, data_folder).perplexity)
+    with bfloat16.widened("cpu"):
+        for width in (576, 456, 380):
+            model = load.load_model(source)
+            recipe = Recipe.parse(f"slicegpt(width={width})")
+            recipe.compress(model, recipe.plan(anatomy_of(model), Budget(metric="none")), calibration)
+            found.append(perplexity.measure(model, tokenizer, spec, data_folder).perplexity)
     assert found == sorted(found)
     assert found[-1] < 100 * found[0]
