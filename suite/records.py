@@ -100,6 +100,8 @@ class Record(Part):
     status: Status
     spec: RunSpec
     model_note: str = ""
+    family: str | None = None
+    """Architecture and vocabulary; smaller dense models of the same are controls. None in older records."""
     dense: Sizes
     knobs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = Field(default_factory=dict)

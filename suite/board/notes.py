@@ -36,6 +36,11 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
         )
     if any(row["accuracy_difference"] is not None for row in members):
         lines.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")
+    if any(row["recipe"].startswith("dense ") for row in members):
+        lines.append(
+            "dense NAME: a smaller dense model of the same family, at the size it has; not ranked, as it is"
+            " not made for the budget"
+        )
     lines += noise_notes(next((row["noise"] for row in members if row["noise"]), None))
     lines += _speed_notes(members)
     if any(row.get("searched") for row in members):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from suite import stats
 from suite.paired import Paired, item_keys, pair_items
@@ -38,10 +39,17 @@ Standings = Mapping[str, Standing]
 
 def conditions(record: Record) -> str:
     """Digest of what must be equal for two rows to share a table. Seeds may differ."""
+    return digest_of([record.spec.model, record.spec.model_digest, *_setting(record)])[:12]
+
+
+def setting(record: Record) -> str:
+    """Digest of what must be equal for rows of two models to be compared."""
+    return digest_of(_setting(record))[:12]
+
+
+def _setting(record: Record) -> list[Any]:
     spec = record.spec
-    return digest_of(
-        [spec.model, spec.model_digest, spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
-    )[:12]
+    return [spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
 
 
 def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standing]:

@@ -15,7 +15,8 @@ from suite.board.agreement import agreements
 from suite.board.notes import SIMULATED, Row, label, notes
 from suite.board.notes import noise_notes as noise_notes
 from suite.board.notes import points as points
-from suite.board.standings import Standing, Standings, conditions, contest
+from suite.board.smaller import smaller_dense
+from suite.board.standings import Standing, Standings, conditions, contest, setting
 from suite.records import Measurements, Record
 
 _LATEX = {"±": "$\\pm$", "×": "$\\times$", "κ": "$\\kappa$", "Δ": "$\\Delta$", "−": "$-$", "–": "--"}
@@ -56,7 +57,10 @@ class Table:
 
 
 def tables(records: Sequence[Record], standings: Standings | None = None) -> list[Table]:
-    """Group rows that may be compared: equal model, protocol, calibration, limit, device, budget, healing."""
+    """Group rows that may be compared: equal model, protocol, calibration, limit, device, budget, healing.
+
+    Under the dense row come smaller dense models of its family, where there are records of any.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
     references: dict[str, Row] = {}
     for row in rows(records, standings):
@@ -70,7 +74,12 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
     result = []
     for (shared, contested), members in groups.items():
         reference = references.get(shared)
-        every = ([reference] if reference else []) + members
+        every = list(members)
+        if reference and reference["status"] == "ok":
+            shares = bool(members) and (members[0]["budget_target"] or 0) <= 1
+            metric = members[0]["budget_metric"] if shares else "none"
+            every = smaller_dense(reference, list(references.values()), metric) + every
+        every = ([reference] if reference else []) + every
         first = every[0]
         title = f"{first['model']} · {first['protocol']}" + ("" if contested == "none" else f" · {contested}")
         result.append(Table(title, tuple(every), notes(every, reference is not None)))
@@ -197,6 +206,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "healing_tokens": spec.healing.tokens if spec.healing else 0,
     }
     # What older records do not know is left out, so that boards made of them stay as they were.
+    if record.family is not None:
+        row |= {"family": record.family, "setting": setting(record)}
     if record.searched is not None:
         row["searched"] = record.searched
     if simulated is not None:

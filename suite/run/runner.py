@@ -148,7 +148,12 @@ class Grid:
         if existing is not None and existing.status == "ok" and self._has_wanted_checkpoint(existing):
             return Cell(spec, source, existing, state="cached")
         record = Record(
-            status="failed", spec=spec, model_note=source.note, dense=_sizes(anatomy), searched=searched
+            status="failed",
+            spec=spec,
+            model_note=source.note,
+            family=f"{anatomy.model_type} of {anatomy.vocab_size} tokens",
+            dense=_sizes(anatomy),
+            searched=searched,
         )
         cell = Cell(spec, source, record)
         try:
