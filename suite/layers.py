@@ -189,8 +189,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed
     rows = packed.shape[0]
     if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        # A shift by a number is several times as fast as one by a tensor of shifts.
+        codes = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
         return codes.reshape(rows, -1)[:, :n]
     # Eight codes fill `bits` bytes, here read as one number.
     words = functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits).int()
