@@ -31,7 +31,7 @@ def rows(records: Sequence[Record], standings: Standings | None = None) -> list[
     Without `standings`, which need the items, rows have no rank and no difference to dense.
     """
     dense = {
-        (conditions(record), record.conditions.get("device")): record.measurements
+        (conditions(record), _device(record)): record.measurements
         for record in records
         if record.spec.recipe == "dense" and record.measurements
     }
@@ -39,7 +39,7 @@ def rows(records: Sequence[Record], standings: Standings | None = None) -> list[
     result = [
         _row(
             record,
-            dense.get((conditions(record), record.conditions.get("device"))),
+            dense.get((conditions(record), _device(record))),
             standings.get(record.id, Standing()),
         )
         for record in records
@@ -194,7 +194,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "knobs": record.knobs,
         "protocol": _protocol_label(record),
         "seed": spec.seed,
-        "device": record.conditions.get("device") or spec.device,
+        "device": _device(record),
         "note": record.model_note,
         "rank": standing.rank,
         "accuracy_difference": standing.difference,
@@ -216,6 +216,13 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
             name for name in ("prefill", "decode") if _hundredths(_ratio(m, dense, name)) < 100
         ]
     return row
+
+
+def _device(record: Record) -> str:
+    """What speeds were measured on; cells that ran at the same time took it from one another."""
+    device = record.conditions.get("device") or record.spec.device
+    together = record.conditions.get("concurrent_cells", 1)
+    return f"{device}, {together} cells at the same time" if together > 1 else device
 
 
 def _hundredths(ratio: float | None) -> int:

@@ -150,3 +150,15 @@ def test_boards_of_older_records_stay_as_they_were(records: list[Record]) -> Non
     assert not {"†", "‡"} & set(tables.markdown(records))
     columns = pd.read_csv(io.StringIO(tables.comma_separated(records))).columns
     assert not {"searched", "simulated_share", "slower_than_dense"} & set(columns)
+
+
+def test_speeds_of_cells_that_ran_at_the_same_time_are_not_set_against_a_quiet_dense_row() -> None:
+    def record(recipe: str, budget: str, together: int) -> Record:
+        conditions = {"device": "a processor", "concurrent_cells": together}
+        return examples.finished(recipe, budget).model_copy(update={"conditions": conditions})
+
+    dense = record("dense", "none", 1)
+    alone, disturbed = (tables.rows([dense, record("svd", "params=0.8", count)])[1] for count in (1, 2))
+    assert alone["prefill_ratio"] == 1.0
+    assert disturbed["prefill_ratio"] is None
+    assert disturbed["device"] == "a processor, 2 cells at the same time"
