@@ -116,9 +116,21 @@ def noise(
 ) -> Noise:
     """The noise floor between two runs of one checkpoint, from their item rows and perplexities.
 
+    Without items, as under a protocol of perplexity alone, it is that of the perplexity.
+
     Raises:
         InputError: the runs do not have the same items.
     """
+    ratio = float(np.exp(second_perplexity.nll_per_token - first_perplexity.nll_per_token))
+    if not first and not second:
+        return Noise(
+            changed=changed,
+            items=0,
+            flips=0,
+            accuracy_difference=0.0,
+            largest_log_likelihood_difference=0.0,
+            perplexity_ratio=ratio,
+        )
     frames = {
         "first run": items.frame([dict(row) for row in first]),
         "second run": items.frame([dict(row) for row in second]),
@@ -138,5 +150,5 @@ def noise(
         flips=sum(stats.flips(*paired.correct)),
         accuracy_difference=float(means[1] - means[0]),
         largest_log_likelihood_difference=float(np.abs(scores[1] - scores[0]).max(initial=0.0)),
-        perplexity_ratio=float(np.exp(second_perplexity.nll_per_token - first_perplexity.nll_per_token)),
+        perplexity_ratio=ratio,
     )

@@ -77,12 +77,18 @@ def noise_notes(noise: Sequence[Mapping[str, Any]] | None) -> list[str]:
     """What the same model changes by when only how it is computed changes, one line per change."""
     if not noise:
         return ["noise floor: not measured in these records"]
-    return [
-        f"noise floor, dense with {n['changed']}: {n['flips']:,} of {n['items']:,} items flip, accuracy"
-        f" {points(n['accuracy_difference'])} points, a log-likelihood by up to"
-        f" {n['largest_log_likelihood_difference']:.3g} nats, perplexity × {n['perplexity_ratio']:.6g}"
-        for n in noise
-    ]
+    return [f"noise floor, dense with {n['changed']}: {_moved(n)}" for n in noise]
+
+
+def _moved(noise: Mapping[str, Any]) -> str:
+    perplexity = f"perplexity × {noise['perplexity_ratio']:.6g}"
+    if not noise["items"]:
+        return perplexity
+    return (
+        f"{noise['flips']:,} of {noise['items']:,} items flip, accuracy"
+        f" {points(noise['accuracy_difference'])} points, a log-likelihood by up to"
+        f" {noise['largest_log_likelihood_difference']:.3g} nats, {perplexity}"
+    )
 
 
 def points(share: float) -> str:

@@ -12,8 +12,11 @@ import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM
 
+from suite.board.page import page
+from suite.board.standings import standings
 from suite.board.tables import markdown
 from suite.errors import InputError
+from suite.records import RecordStore
 from suite.run.runner import STAGES, Cell, Grid, Options
 from suite.specs import Track, digest_of
 from tests.suite import examples
@@ -62,6 +65,22 @@ def test_a_grid_runs_and_a_second_run_computes_nothing(track: Track, tmp_path: P
         assert {task.task: task.value for task in measured.tasks} == pytest.approx(means.to_dict())
     again = Grid(track, Options(results=tmp_path / "results"))
     assert {cell.state for cell in again.cells} == {"cached"}
+
+
+def test_a_protocol_of_perplexity_alone_fills_a_board(track: Track, tmp_path: Path) -> None:
+    protocol = tmp_path / "alone.yaml"
+    lines = examples.TINY_PROTOCOL.splitlines()
+    without = [line for line in lines if line != "tasks:" and not line.startswith("  - ")]
+    protocol.write_text("\n".join([*without, "tasks: []"]))
+    track = track.model_copy(update={"recipes": ("svd",), "protocol": str(protocol)})
+    records = [cell.record for cell in run(track, tmp_path).cells]
+    assert {record.status for record in records} == {"ok"}
+    assert records[0].noise is not None
+    assert {noise.items for noise in records[0].noise} == {0}
+    store = RecordStore(tmp_path / "results")
+    for text in (markdown(records, standings(records, store)), page(records, standings(records, store))):
+        assert "noise floor, dense with" in text
+        assert "items flip" not in text
 
 
 def test_kept_checkpoints_load_with_plain_transformers(track: Track, tmp_path: Path) -> None:
