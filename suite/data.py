@@ -75,18 +75,21 @@ def _pydoc(part: str) -> str:
     return "\n\n".join(held_out if part == "held-out" else rest)
 
 
-def _wikitext(split: str) -> Callable[[Path | None], str]:
-    def load(folder: Path | None) -> str:
+def _wikitext(split: str, raw: bool = False) -> Callable[[Path | None], str]:
+    """The hub's rows joined by blank lines, as GPTQ and most after it do, or the `raw` file itself."""
+
+    def rows(folder: Path | None) -> list[str]:
+        # The hub's rows keep their newline; blank lines are empty rows.
         if folder is None:
-            rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)
-            return "\n\n".join(row["text"] for row in rows)
+            return [row["text"] for row in hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)]
         path = _existing(folder / "wikitext2" / f"{split}.txt.gz")
         # Lines end at "\n" alone: str.splitlines would also cut at U+2028 and its like.
         lines = io.StringIO(gzip.decompress(path.read_bytes()).decode(), newline="\n")
-        # The hub's rows keep their newline; blank lines become empty rows.
-        return "\n\n".join("" if line.strip() == "" else line for line in lines)
+        return ["" if line.strip() == "" else line for line in lines]
 
-    return load
+    if raw:
+        return lambda folder: "".join(row or " \n" for row in rows(folder))
+    return lambda folder: "\n\n".join(rows(folder))
 
 
 def _documents(name: str, hub: tuple[str, str | None], field: str = "text") -> Callable[[Path | None], str]:
@@ -105,11 +108,12 @@ TEXTS: dict[str, Callable[[Path | None], str]] = {
     "pydoc-held-out": lambda folder: _pydoc("held-out"),
     "wikitext2": _wikitext("train"),
     "wikitext2-test": _wikitext("test"),
+    "wikitext2-test-raw": _wikitext("test", raw=True),
     "c4": _documents("c4", ("allenai/c4", "en")),
     "alpaca": _documents("alpaca", ("tatsu-lab/alpaca", None)),
 }
 
-HELD_OUT = frozenset({"pydoc-held-out", "wikitext2-test"})
+HELD_OUT = frozenset({"pydoc-held-out", "wikitext2-test", "wikitext2-test-raw"})
 HELD_OUT_FILES = ("wikitext2/test.txt.gz",)
 
 

@@ -51,6 +51,14 @@ def test_wikitext_joins_rows_by_blank_lines_as_the_hub_holds_them(folder: Path) 
     assert data.text("wikitext2-test", folder) == expected
 
 
+def test_the_raw_test_text_is_the_file_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = gzip.decompress((folder / "wikitext2" / "test.txt.gz").read_bytes()).decode()
+    assert data.text("wikitext2-test-raw", folder) == raw
+    rows = [{"text": ""}, {"text": " = Title = \n"}, {"text": ""}, {"text": " First line . \n"}]
+    monkeypatch.setattr(data, "hub_rows", lambda *_: rows)
+    assert data.text("wikitext2-test-raw", None) == " \n = Title = \n \n First line . \n"
+
+
 @pytest.mark.parametrize("name", ["c4", "alpaca"])
 def test_documents_are_joined_by_blank_lines(folder: Path, name: str) -> None:
     assert data.text(name, folder) == "one\n\ntwo\u2028\n\nthree"
