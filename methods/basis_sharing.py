@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.whitened import whitened_svd
-from suite.allocation import even, even_at, low_rank_settings, rank_of
+from suite.allocation import even_for, low_rank_settings, rank_of
 from suite.calibration import Calibration
-from suite.errors import ImpossibleBudget
 from suite.layers import LowRankLinear, ModuleSpec, module_type, replace
 from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy, LinearShape
@@ -105,16 +104,7 @@ class BasisSharing(Method[BasisSharingConfig]):
         for owner, lines in units.items():
             m, n = sum(line.out_features for line in lines), lines[0].in_features
             offers[owner] = low_rank_settings([0.0] * min(m, n), m, n)
-        if self.config.share is not None or target is None:
-            chosen = even_at(offers, 1.0 if self.config.share is None else self.config.share)
-        else:
-            width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
-            dense = sum(settings[-1].cost for settings in offers.values())
-            fixed = anatomy.size(target.metric) - dense * width
-            try:
-                chosen = even(offers, (target.value - fixed) // width)
-            except ImpossibleBudget as error:
-                raise ImpossibleBudget(fixed + error.smallest * width) from None
+        chosen = even_for(offers, self.config.share, anatomy, target)
         ranks = {owner: rank_of(offers[owner], index) for owner, index in chosen.items()}
         kept = sum(offers[owner][index].cost for owner, index in chosen.items())
         return self._plan(units, ranks, kept / sum(settings[-1].cost for settings in offers.values()))

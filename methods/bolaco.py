@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.reduced_order import Inputs, factors_of, low_rank_plan, within_share
-from suite.allocation import Setting, even, even_at, low_rank_settings, rank_of
+from suite.allocation import Setting, even_for, low_rank_settings, rank_of
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end
-from suite.errors import ImpossibleBudget, InputError, MissingExtra
+from suite.errors import InputError, MissingExtra
 from suite.layers import replace
 from suite.linalg import Projection, principal_outputs
 from suite.method import Method, MethodConfig, Plan, Target, register
@@ -67,17 +67,7 @@ class Bolaco(Method[BolacoConfig]):
         if self.config.trials and find_spec("optuna") is None:
             raise MissingExtra("bolaco's search", "search")
         offers = _offers([x for x in anatomy.dense_linears(self.name) if x.role not in LEFT_DENSE])
-        if self.config.share is not None or target is None:
-            chosen = even_at(offers, 1.0 if self.config.share is None else self.config.share)
-        else:
-            width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
-            dense = sum(settings[-1].cost for settings in offers.values())
-            fixed = anatomy.size(target.metric) - dense * width
-            try:
-                chosen = even(offers, (target.value - fixed) // width)
-            except ImpossibleBudget as error:
-                smallest = fixed + error.smallest * width
-                raise ImpossibleBudget(smallest, "value projections stay dense") from None
+        chosen = even_for(offers, self.config.share, anatomy, target, "value projections stay dense")
         return self._plan(anatomy.linears, offers, chosen).model_copy(update={"notes": {"seed": seed}})
 
     def _plan(

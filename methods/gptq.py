@@ -14,14 +14,13 @@ from methods.quantization import Group, Quantizer, UniformConfig, linear_at, pac
 from suite.calibration import Calibration
 from suite.grids import codes_on, grouped, range_grid, round_to_nearest, searched_grid, values_of
 from suite.layers import ModuleSpec, replace
+from suite.linalg import inverse_factor
 from suite.method import register
 from suite.models.layouts import layout_of
 from suite.streaming import stream
 
 COLUMNS = 128
 """Columns whose errors reach the later ones together."""
-RAISES = (1, 10, 100)
-"""Times the damping, tried in turn until the Cholesky factorisation succeeds."""
 
 Order = Literal["activation", "original"]
 Scale = Literal["searched", "largest"]
@@ -122,6 +121,7 @@ def gptq(
     factor, raised = inverse_factor(moment[columns][:, columns], damping)
     if factor is None:
         return Rounded(*round_to_nearest(weight, bits, group, symmetric), raised, fallback=True)
+    factor = factor.float()
     costs = torch.empty(n, device=weight.device)
     costs[columns] = factor.diagonal().square().reciprocal()
 
@@ -165,28 +165,6 @@ def gptq(
     unsorted = torch.empty_like(codes)
     unsorted[columns] = codes
     return Rounded(unsorted.T.to(torch.uint8).contiguous(), scales, zeros, raised)
-
-
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, int]:
-    """U (upper triangular, float32) with Uᵀ U = (C + d·mean(diag C)·I)⁻¹ for C = `moment`, in float64.
-
-    Columns without any input get the mean on the diagonal. Also returns how often the damping d had
-    to be raised tenfold; U is None when the last raise did not help either.
-    """
-    moment = moment.double().clone()
-    diagonal = moment.diagonal()
-    live = diagonal != 0
-    mean = diagonal[live].mean() if live.any() else torch.ones((), dtype=moment.dtype)
-    diagonal[~live] = mean.to(moment.device)
-    for raised, times in enumerate(RAISES):
-        damped = moment + times * damping * mean * torch.eye(len(moment), dtype=moment.dtype).to(moment)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and upper.isfinite().all():
-            return upper.float(), raised
-    return None, len(RAISES) - 1
 
 
 class GptqChannelConfig(GptqConfig):

@@ -10,17 +10,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from methods.distillation import narrowed
+from methods.depth import block_influence
+from methods.distillation import WIDENING, narrowed
 from methods.whitened import whitening_root
-from suite.allocation import Setting, even, even_at
+from suite.allocation import Setting, even_for
 from suite.calibration import Calibration
-from suite.errors import ImpossibleBudget, InputError
+from suite.errors import InputError
 from suite.layers import ModuleSpec, ResizedLinear, replace
 from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy, LinearShape, anatomy_of
 from suite.streaming import stream
 
-WIDENING = ("gate", "up")
 _DAMPING = 1e-6
 """Of the mean energy of a channel: products in float32 leave noise of that order."""
 
@@ -62,17 +62,7 @@ class ModeGpt(Method[ModeGptConfig]):
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
         mlps = self._mlps(anatomy)
         offers = {str(block): _settings(lines) for block, lines in enumerate(mlps)}
-        if self.config.share is not None or target is None:
-            chosen = even_at(offers, 1.0 if self.config.share is None else self.config.share)
-        else:
-            bytes_each = anatomy.dtype.itemsize if target.metric == "bytes" else 1
-            dense = sum(settings[-1].cost for settings in offers.values())
-            fixed = anatomy.size(target.metric) - dense * bytes_each
-            try:
-                chosen = even(offers, (target.value - fixed) // bytes_each)
-            except ImpossibleBudget as error:
-                smallest = fixed + error.smallest * bytes_each
-                raise ImpossibleBudget(smallest, "attention stays as it is") from None
+        chosen = even_for(offers, self.config.share, anatomy, target, "attention stays as it is")
         return self._plan(anatomy, [chosen[str(block)] + 1 for block in range(anatomy.n_blocks)])
 
     def _mlps(self, anatomy: Anatomy) -> list[dict[str, LinearShape]]:
@@ -189,20 +179,6 @@ def nystrom(weight: Tensor, moment: Tensor, channels: Tensor) -> Tensor:
     explained = torch.cholesky_solve(c[channels][:, gone], root)  # kept × gone
     kept: Tensor = matrix[:, channels]
     return kept + matrix[:, gone] @ explained.T
-
-
-def block_influence(model: PreTrainedModel, tokens: Tensor) -> list[float]:
-    """1 − the mean cosine between input and output of every block, over all tokens."""
-    influence = []
-    for block in stream(model, tokens):
-        before = [*block.inputs]
-        block.advance()
-        total = sum(
-            float(torch.cosine_similarity(old.double(), new.double(), dim=-1).sum())
-            for old, new in zip(before, block.inputs, strict=True)
-        )
-        influence.append(1 - total / tokens.numel())
-    return influence
 
 
 def influence_widths(

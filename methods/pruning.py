@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from suite.allocation import Setting, even
 from suite.calibration import Calibration
-from suite.errors import InputError
+from suite.errors import CellFailed, InputError
 from suite.layers import ModuleSpec, replace
+from suite.linalg import inverse_factor
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy, LinearShape
 from suite.models.layouts import layout_of
@@ -162,8 +163,8 @@ class SparseGpt(Pruning):
     """Weights go in blocks of 128 inputs, and those of later inputs make up for the error.
 
     In every block, over all rows together, those of least w²/[C⁻¹]_jj go, C = Σ x xᵀ being of the inputs
-    not yet passed. C is damped by 0.01 of its mean diagonal, ten times as much where that is not enough.
-    The inputs come from the pruned blocks before.
+    not yet passed. C is damped by 0.01 of its mean diagonal, and ten or a hundred times as much where that is
+    not enough. The inputs come from the pruned blocks before.
     """
 
     name = "sparsegpt"
@@ -221,11 +222,17 @@ def sparsegpt(weight: Tensor, moment: Tensor, kept: int | None) -> tuple[Tensor,
 
     `moment` is Σ x xᵀ (n × n). Works in float64 on the moment and in at least float32 on the weights.
     A block of columns s … e keeps ⌊kept·e/n⌋ − ⌊kept·s/n⌋, so that the number is exact.
+
+    Raises:
+        CellFailed: no damping makes the moment positive definite.
     """
     dead = moment.diagonal() == 0
+    inverse, _ = inverse_factor(moment, DAMPING)
+    if inverse is None:
+        raise CellFailed("the second moment of a linear's inputs cannot be inverted: is it finite?")
     new = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     new[:, dead] = 0
-    factor = inverse_factor(moment).to(new.dtype)
+    factor = inverse.to(new.dtype)
     columns = weight.shape[1]
     places = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, columns, BLOCK):
@@ -247,28 +254,3 @@ def sparsegpt(weight: Tensor, moment: Tensor, kept: int | None) -> tuple[Tensor,
             part[:, column + 1 :] -= errors[:, column, None] * own[column, column + 1 :]
         new[:, end:] -= errors @ factor[start:end, end:]
     return new, places
-
-
-def inverse_factor(moment: Tensor) -> Tensor:
-    """Upper triangular U with UᵀU = (C + damping)⁻¹ for a moment C (n × n), in float64.
-
-    Inputs that are always zero count as if they had variance one.
-
-    Raises:
-        InputError: the moment holds NaN or infinity, which no damping mends.
-    """
-    moment = moment.double().clone()
-    diagonal = moment.diagonal()
-    diagonal[diagonal == 0] = 1
-    if not moment.isfinite().all():
-        raise InputError("the inputs of a linear are not finite on the calibration text.")
-    damping = DAMPING * diagonal.mean()
-    while True:
-        diagonal += damping
-        lower, failed = torch.linalg.cholesky_ex(moment)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            factor: Tensor = upper
-            return factor
-        damping *= 10

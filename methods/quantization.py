@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
+from suite.grids import codes_on, grouped, range_grid, searched_grid, ungrouped
 from suite.layers import LowRankLinear, ModuleSpec, PackedMatrix, TiedHead, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
@@ -167,11 +168,42 @@ class RtnConfig(UniformConfig):
     group: Group = Field(default="channel")
 
 
+class NearestConfig(UniformConfig):
+    """As for every quantizer, and `scale` of a symmetric grid, from the largest size in a group.
+
+    "largest" puts it on the last positive point, max|w| / (2^(b−1) − 1), and leaves one point unused.
+    "whole" uses all 2^b: max|w| / (2^(b−1) − ½), which clips it by half a step where it is positive, as
+    torchao and compressed-tensors do. "searched" takes the share of the range with the least squared error.
+    """
+
+    scale: Literal["largest", "whole", "searched"] = "largest"
+
+
+class WholeConfig(NearestConfig):
+    """As for rounding to nearest; all points of the grid are used by default, as there are so few."""
+
+    scale: Literal["largest", "whole", "searched"] = "whole"
+
+
 class RoundToNearest(Quantizer[UniformConfig]):
     """Every decoder linear on a uniform integer grid, each weight to its nearest point; no data."""
 
     source = "round to nearest, the baseline of GPTQ (arXiv 2210.17323, section 5)"
-    Config = UniformConfig
+    Config: ClassVar[type[UniformConfig]] = NearestConfig
+
+    def pack(self, matrix: PackedMatrix, weight: torch.Tensor) -> None:
+        scale = getattr(self.config, "scale", "largest")
+        if scale == "largest" or not (matrix.symmetric or scale == "searched"):
+            super().pack(matrix, weight)
+            return
+        blocks, bits = grouped(weight.detach(), matrix.group), matrix.bits
+        if scale == "whole":
+            half = 1 << (bits - 1)
+            scales, zeros = range_grid(blocks, bits, True, share=(half - 1) / (half - 0.5))
+        else:
+            scales, zeros = searched_grid(blocks, bits, matrix.symmetric, lambda e: e.square().sum(-1))
+        codes = codes_on(blocks, scales, zeros, bits)
+        matrix.store_(ungrouped(codes, matrix.columns), scales, zeros)
 
 
 @register
@@ -197,4 +229,5 @@ class RtnInt3(RoundToNearest):
     """Round to nearest, 3 bits, groups of 64 columns unless `group` is given."""
 
     name = "rtn-int3"
+    Config = WholeConfig
     bits = 3

@@ -12,7 +12,7 @@ from pydantic import Field, FilePath, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suite.allocation import Setting, even, even_at, low_rank_settings, rank_of, spread
+from suite.allocation import Setting, even, even_for, low_rank_settings, rank_of, spread
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end, loss_gradients, pull_back
 from suite.errors import ImpossibleBudget, InputError
@@ -93,16 +93,7 @@ class ReducedOrder(Method[ReducedOrderConfig]):
             shares = shares_for(self.config.shares, anatomy)
             chosen = {path: within_share(settings, shares[path]) for path, settings in offers.items()}
             return self._plan(linears, _ranks(offers, chosen))
-        if self.config.share is not None or target is None:
-            share = 1.0 if self.config.share is None else self.config.share
-            return self._plan(linears, _ranks(offers, even_at(offers, share)))
-        width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
-        dense = sum(settings[-1].cost for settings in offers.values())
-        fixed = anatomy.size(target.metric) - dense * width
-        try:
-            chosen = even(offers, (target.value - fixed) // width)
-        except ImpossibleBudget as error:
-            raise ImpossibleBudget(fixed + error.smallest * width, self._why()) from None
+        chosen = even_for(offers, self.config.share, anatomy, target, self._why())
         return self._plan(linears, _ranks(offers, chosen))
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> Plan | None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from suite.errors import ImpossibleBudget
+
+if TYPE_CHECKING:
+    from suite.method import Target
+    from suite.models.anatomy import Anatomy
 
 _HALVINGS = 40
 
@@ -156,3 +160,28 @@ def even_at(offers: Mapping[str, Sequence[Setting]], share: float) -> dict[str, 
     cheapest = sum(settings[0].cost for settings in offers.values())
     dearest = sum(settings[-1].cost for settings in offers.values())
     return even(offers, max(int(share * dearest), cheapest))
+
+
+def even_for(
+    offers: Mapping[str, Sequence[Setting]],
+    share: float | None,
+    anatomy: Anatomy,
+    target: Target | None,
+    why: str = "",
+) -> dict[str, int]:
+    """`even` so that the whole model meets `target`, or at `share` where one is given; dense without either.
+
+    Costs are in parameters of the model's dtype, and the dearest setting of each matrix is what it costs
+    in `anatomy`. `why`: what else the smallest size is due to, for the message.
+
+    Raises:
+        ImpossibleBudget: the cheapest settings make the model larger than `target`.
+    """
+    if share is not None or target is None:
+        return even_at(offers, 1.0 if share is None else share)
+    width = anatomy.dtype.itemsize if target.metric == "bytes" else 1
+    fixed = anatomy.size(target.metric) - width * sum(settings[-1].cost for settings in offers.values())
+    try:
+        return even(offers, (target.value - fixed) // width)
+    except ImpossibleBudget as error:
+        raise ImpossibleBudget(fixed + error.smallest * width, why) from None

@@ -28,6 +28,32 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (right.T, left.T) if transposed else (left, right)
 
 
+_RAISES = (1, 10, 100)
+"""Times the damping, tried in turn until a Cholesky factorisation succeeds."""
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor | None, int]:
+    """U (upper triangular, float64) with Uᵀ U = (C + d·mean(diag C)·I)⁻¹ for C = `moment` (n × n).
+
+    Columns without any input get the mean on the diagonal. Also returns how often the damping d had
+    to be raised tenfold; U is None when the last raise did not help either, or C is not finite.
+    """
+    moment = moment.double().clone()
+    diagonal = moment.diagonal()
+    live = diagonal != 0
+    mean = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
+    diagonal[~live] = mean
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    for raised, times in enumerate(_RAISES):
+        lower, failed = torch.linalg.cholesky_ex(moment + times * damping * mean * identity)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and upper.isfinite().all():
+            return upper, raised
+    return None, len(_RAISES) - 1
+
+
 @dataclass(frozen=True)
 class Projection:
     """Principal directions of a linear's outputs, the strongest first: W ≈ expand[:, :r] · reduce[:r] · W.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods import gptq as module
-from methods.gptq import Order, Rounded, gptq, inverse_factor
+from methods.gptq import Order, Rounded, gptq
 from suite.conformance import tiny
 from suite.grids import grouped, round_to_nearest, ungrouped, values_of
 from suite.layers import PackedLinear, replace
@@ -90,26 +90,6 @@ def test_the_lazy_blocks_change_nothing(order: Order, group: int, monkeypatch: p
     lazy = gptq(weight, moment, 4, group, True, order)
     assert torch.equal(at_once.codes, lazy.codes)
     assert torch.equal(at_once.scales, lazy.scales)
-
-
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
-    _, moment = layer(1, 12, 2)
-    factor, raised = inverse_factor(moment, 0.01)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(12)
-    assert factor is not None
-    assert raised == 0
-    assert torch.equal(factor, factor.triu())
-    product = factor.double().T @ factor.double() @ damped
-    assert torch.allclose(product, torch.eye(12).double(), atol=1e-3)
-
-
-def test_damping_is_raised_where_the_moment_is_not_positive() -> None:
-    _, moment = layer(1, 12, 3)
-    values, vectors = torch.linalg.eigh(moment)
-    values[0] = -0.05 * moment.diagonal().mean()
-    factor, raised = inverse_factor(vectors @ values.diag() @ vectors.T, 0.01)
-    assert factor is not None
-    assert raised == 1
 
 
 def test_without_a_usable_moment_it_falls_back_and_says_so() -> None:

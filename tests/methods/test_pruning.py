@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from methods.pruning import Wanda, inverse_factor, largest, sparsegpt, two_of_four
+from methods.pruning import Wanda, largest, sparsegpt, two_of_four
 from suite.conformance import tiny
-from suite.errors import ImpossibleBudget, InputError
+from suite.errors import CellFailed, ImpossibleBudget, InputError
 from suite.models.anatomy import anatomy_of
 from suite.recipe import Recipe
 from suite.sparse_layers import SemiStructuredLinear, SparseLinear
@@ -237,15 +237,11 @@ def test_inputs_that_are_never_on_are_pruned_first() -> None:
     assert not places[:, 3].any()
 
 
-def test_a_moment_that_cannot_be_inverted_is_damped_until_it_can() -> None:
-    inputs = torch.ones(1, 12, dtype=torch.float64)
-    moment = inputs.T @ inputs - 0.02 * torch.eye(12)  # indefinite even with the first damping
-    factor = inverse_factor(moment)
-    precision = torch.linalg.inv(factor.T @ factor)
-    assert factor.isfinite().all()
-    assert torch.allclose(precision - precision.diagonal().diag(), moment - moment.diagonal().diag())
-    with pytest.raises(InputError, match="not finite"):
-        inverse_factor(torch.full((2, 2), torch.nan, dtype=torch.float64))
+def test_a_moment_that_is_not_finite_fails_with_its_reason() -> None:
+    weight, moment = random_case(4, 16)
+    moment[0, 0] = torch.nan
+    with pytest.raises(CellFailed, match="cannot be inverted"):
+        sparsegpt(weight, moment, 4 * 12)
 
 
 def test_inputs_come_from_the_pruned_blocks_before() -> None:

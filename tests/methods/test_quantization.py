@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from methods.quantization import steps
 from suite.conformance import tiny
 from suite.errors import InputError
-from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead
+from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead, unpack
 from suite.measure.ledger import ledger, total_disk
 from suite.method import Plan
 from suite.models.anatomy import anatomy_of
@@ -47,6 +47,36 @@ def test_fewer_bits_in_the_embedding_cost_accuracy_and_save_bytes(family: str) -
         tiny.compress(model, recipe)
         sizes.append(anatomy_of(model).bytes)
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_whole_grid_reaches_its_last_negative_point_and_a_searched_one_errs_least(bits: int) -> None:
+    dense = tiny.build("llama")
+    path = anatomy_of(dense).linears[0].path
+    weight = dense.get_submodule(path).weight.detach()
+    errors = {}
+    for scale in ("largest", "whole", "searched"):
+        model = tiny.build("llama")
+        tiny.compress(model, f"rtn-int{bits}(group=8,scale={scale})")
+        packed = model.get_submodule(path)
+        assert isinstance(packed, PackedLinear)
+        errors[scale] = (
+            (packed.dequantize(torch.float32) - weight).square().reshape(len(weight), -1, 8).sum(-1)
+        )
+        if scale == "whole":
+            largest = weight.reshape(len(weight), -1, 8).abs().amax(-1)
+            assert torch.allclose(packed.scales.float(), largest / (2 ** (bits - 1) - 0.5), rtol=1e-3)
+            assert int(unpack(packed.packed, bits, packed.columns).min()) == 0
+    assert (errors["searched"] <= errors["largest"] * (1 + 1e-6)).all()
+    assert errors["searched"].sum() < errors["whole"].sum()
+
+
+def test_three_bits_use_the_whole_grid_and_asymmetric_ones_always_do() -> None:
+    assert distance("llama", "rtn-int3") == distance("llama", "rtn-int3(scale=whole)")
+    assert distance("llama", "rtn-int4") == distance("llama", "rtn-int4(scale=largest)")
+    plain = distance("llama", "rtn-int3(symmetric=false,scale=largest)")
+    assert distance("llama", "rtn-int3(symmetric=false,scale=whole)") == plain
+    assert distance("llama", "rtn-int3(symmetric=false,scale=searched)") != plain
 
 
 @pytest.mark.parametrize("recipe", ["rtn-int8", "rtn-int4(symmetric=false, group=20)"])

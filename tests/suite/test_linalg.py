@@ -1,4 +1,4 @@
-"""The truncated singular value decomposition."""
+"""Factorisations: the truncated singular value decomposition, and factors of damped inverses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.linalg import truncated_svd
+from suite.linalg import inverse_factor, truncated_svd
 
 SIDES = st.integers(1, 14)
 
@@ -74,3 +74,43 @@ def test_the_weight_itself_is_left_alone() -> None:
     left, _ = truncated_svd(weight, 2)
     assert torch.equal(weight, before)
     assert not left.requires_grad
+
+
+def random_moment(n: int, seed: int) -> torch.Tensor:
+    inputs = random_matrix(3 * n, n, seed)
+    return inputs.T @ inputs
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    moment = random_moment(12, 2)
+    factor, raised = inverse_factor(moment, 0.01)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(12)
+    assert factor is not None
+    assert raised == 0
+    assert torch.equal(factor, factor.triu())
+    assert torch.allclose(factor.T @ factor @ damped, torch.eye(12).double(), atol=1e-9)
+
+
+def test_damping_is_raised_where_the_moment_is_not_positive() -> None:
+    moment = random_moment(12, 3)
+    values, vectors = torch.linalg.eigh(moment)
+    values[0] = -0.05 * moment.diagonal().mean()
+    factor, raised = inverse_factor(vectors @ values.diag() @ vectors.T, 0.01)
+    assert factor is not None
+    assert raised == 1
+
+
+def test_columns_without_input_count_as_average_ones() -> None:
+    moment = random_moment(6, 4)
+    moment[2], moment[:, 2] = 0, 0
+    factor, _ = inverse_factor(moment, 0.01)
+    assert factor is not None
+    live = moment.diagonal()[moment.diagonal() != 0].mean()
+    assert float((factor.T @ factor)[2, 2]) == pytest.approx(1 / (1.01 * float(live)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1e9])
+def test_a_moment_that_no_damping_mends_has_no_factor(value: float) -> None:
+    moment = random_moment(4, 5)
+    moment[0, 0] = value
+    assert inverse_factor(moment, 0.01) == (None, 2)

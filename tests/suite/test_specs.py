@@ -202,7 +202,7 @@ def test_a_specification_is_frozen_and_knows_no_other_fields() -> None:
 def test_every_protocol_that_ships_loads_under_its_own_name(name: str) -> None:
     protocol = Protocol.load(name)
     assert protocol.name == name
-    assert bool(protocol.tasks) != (name == "wikitext2")  # perplexity alone
+    assert bool(protocol.tasks) != (name in ("quick", "wikitext2"))  # perplexity alone
     check_tasks(protocol)
 
 
