@@ -78,8 +78,6 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
         if device.type == "cpu" and dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
-    if matrix.bits == 4 and matrix.group % 2 == 0 and matrix.columns % matrix.group == 0:
-        usable["halves"] = halves
     return usable
 
 
@@ -99,24 +97,6 @@ def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     scales = matrix.scales.squeeze(-1).to(x.dtype)
     product = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), signed_codes(matrix), scales)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
-
-
-def halves(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For 4 bits: even and odd columns, which share bytes, are multiplied apart and never interleaved."""
-    from suite.layers import unpack
-
-    groups = matrix.scales.shape[1]
-    scales = matrix.scales.to(x.dtype).unsqueeze(-1)
-    zeros: Tensor | float = 8.0
-    if not matrix.symmetric:
-        zeros = unpack(matrix.zeros, 4, groups).to(x.dtype).unsqueeze(-1)
-
-    def product(start: int, codes: Tensor) -> Tensor:
-        values = (codes.reshape(matrix.rows, groups, -1).to(x.dtype) - zeros) * scales
-        return functional.linear(x[..., start::2], values.reshape(matrix.rows, -1)).float()
-
-    both = product(0, matrix.packed & 15) + product(1, matrix.packed >> 4)
-    return _with_bias(both, bias, x.dtype)
 
 
 def signed_codes(matrix: PackedMatrix) -> Tensor:

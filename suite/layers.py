@@ -23,6 +23,7 @@ from torch.nn import functional
 from suite import kernels
 from suite.errors import InputError
 from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
+from suite.packing import pack, unpack, unpack_as
 from suite.registry import Registry
 from suite.specs import Frozen
 
@@ -167,39 +168,6 @@ class LowRankLinear(nn.Module):
         return cast(Tensor, self.second(self.first(x)))
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned `bits`-wide integers (uint8, rows × n) into bytes (rows × ceil(n·bits/8)).
-
-    Bit k of code j is bit (j·bits + k) of its row, least significant first, for every width.
-    """
-    if bits == 8:
-        return codes.contiguous()
-    rows, n = codes.shape
-    padded = functional.pad(codes, (0, -n % 8)).reshape(rows, -1, 8)
-    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    stream = ((padded.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1, 8)
-    weights = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=codes.device)
-    packed = (stream * weights).sum(-1, dtype=torch.uint8)
-    return packed[:, : math.ceil(n * bits / 8)].contiguous()
-
-
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of `pack`: uint8 codes (rows × n)."""
-    if bits == 8:
-        return packed
-    rows = packed.shape[0]
-    if 8 % bits == 0:
-        # A shift by a number is several times as fast as one by a tensor of shifts.
-        codes = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
-        return codes.reshape(rows, -1)[:, :n]
-    # Eight codes fill `bits` bytes, here read as one number.
-    words = functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits).int()
-    places = torch.arange(0, 8 * bits, 8, dtype=torch.int32, device=packed.device)
-    shifts = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=packed.device)
-    codes = ((words << places).sum(-1, keepdim=True, dtype=torch.int32) >> shifts) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).reshape(rows, -1)[:, :n]
-
-
 class PackedMatrix(nn.Module):
     """A (rows × columns) matrix as packed integers with one scale (and zero point) per group.
 
@@ -270,25 +238,25 @@ class PackedMatrix(nn.Module):
         packed, scales = (
             (self.packed, self.scales) if rows is None else (self.packed[rows], self.scales[rows])
         )
-        codes = unpack(packed, self.bits, self.columns)
+        values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns
-        values = functional.pad(codes, (0, padding)) if padding else codes
+        values = functional.pad(values, (0, padding)) if padding else values
         values = values.reshape(-1, groups, self.group)
-        if self.grid == "normal-float":
-            levels = torch.tensor(NORMAL_FLOAT, dtype=dtype, device=values.device)
-            return self._ungrouped(levels[values.int()] * scales.to(dtype).unsqueeze(-1))
-        values = values.to(dtype)
-        if self.symmetric:
-            values = values - float(1 << (self.bits - 1))
-        elif self.grid == "float-zero":
+        if not self.symmetric:
             zeros = self.zeros if rows is None else self.zeros[rows]
+            if self.grid != "float-zero":
+                zeros = unpack(zeros, self.bits, groups)
             values = values - zeros.to(dtype).unsqueeze(-1)
-        else:
-            zeros = self.zeros if rows is None else self.zeros[rows]
-            values = values - unpack(zeros, self.bits, groups).to(dtype).unsqueeze(-1)
         return self._ungrouped(values * scales.to(dtype).unsqueeze(-1))
+
+    def _levels(self) -> tuple[float, ...]:
+        """What each code stands for, before scale and stored zero."""
+        if self.grid == "normal-float":
+            return NORMAL_FLOAT
+        fixed_zero = 1 << (self.bits - 1) if self.symmetric else 0
+        return tuple(float(code - fixed_zero) for code in range(1 << self.bits))
 
     def _ungrouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1)[:, : self.columns]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from suite.errors import InputError
-from suite.layers import default_dtype, module_type, pack, unpack
+from suite.layers import default_dtype, module_type
+from suite.packing import pack, unpack
 
 IndexFormat = Literal["bitmap", "2:4"]
 

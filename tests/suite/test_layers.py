@@ -21,12 +21,11 @@ from suite.layers import (
     PackedMatrix,
     TiedHead,
     default_dtype,
-    pack,
     replace,
     spec_of,
-    unpack,
 )
 from suite.measure.ledger import ledger, total_disk, total_params
+from suite.packing import unpack
 
 BITS = st.sampled_from([2, 3, 4, 8])
 ROWS, COLUMNS, GROUPS = st.integers(1, 6), st.integers(1, 40), st.integers(1, 48)
@@ -44,21 +43,6 @@ def matrix(
     if weight is not None:
         made.quantize_(weight)
     return made
-
-
-@given(BITS, ROWS, COLUMNS, SEEDS)
-def test_packing_loses_nothing(bits: int, rows: int, columns: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (rows, math.ceil(columns * bits / 8))
-    assert torch.equal(unpack(packed, bits, columns), codes)
-
-
-def test_the_bits_of_a_row_follow_each_other_least_significant_first() -> None:
-    assert pack(torch.tensor([[0b0001, 0b1000]], dtype=torch.uint8), 4).tolist() == [[0b1000_0001]]
-    assert pack(torch.tensor([[0b001, 0b110, 0b111]], dtype=torch.uint8), 3).tolist() == [[0b11_110_001, 1]]
 
 
 @given(BITS, ROWS, COLUMNS, GROUPS, st.booleans(), SEEDS, st.sampled_from([0.0, 3.0, -3.0]))
