@@ -105,12 +105,12 @@ def _summary(record: Record) -> str:
     m = record.measurements
     if m is None:
         return ""
-    accuracy = 100 * sum(task.value for task in m.tasks) / max(len(m.tasks), 1)
+    accuracy = f"  acc {100 * sum(t.value for t in m.tasks) / len(m.tasks):.1f}" if m.tasks else ""
     share = m.sizes.params / record.dense.params
     stored = m.sizes.bytes_disk / record.dense.bytes_disk
     return (
         f"{m.sizes.params / 1e6:.1f} M ({share:.1%})  {m.sizes.bytes_disk / 1e6:.1f} MB ({stored:.1%})"
-        f"  ppl {m.perplexity.perplexity:.4g}  acc {accuracy:.1f}"
+        f"  ppl {m.perplexity.perplexity:.4g}{accuracy}"
         f"  prefill {m.prefill.tokens_per_s:.0f}/s  decode {m.decode.tokens_per_s:.1f}/s"
     )
 
