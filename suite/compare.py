@@ -52,6 +52,11 @@ def choose(store: RecordStore, name: str, model: str | None = None, protocol: st
     if record.failure or not record.measurements:
         reason = f" ({record.failure.stage}: {record.failure.reason})" if record.failure else ""
         raise InputError(f"'{label}' ({record.id}) has no measurements to compare: {record.status}{reason}")
+    if not record.spec.protocol.tasks:
+        raise InputError(
+            f"'{label}' ({record.id}) has no items to pair: protocol '{record.spec.protocol.name}' is"
+            " perplexity alone. Compare rows of a protocol with tasks; perplexities are on the board."
+        )
     frame = read_items(path)
     if frame is None:
         raise InputError(f"'{label}' ({record.id}) has no item outcomes beside '{path}'.")

@@ -154,6 +154,15 @@ def test_a_name_that_means_nothing_usable_is_refused(name: str, words: str, stor
         choose(store, name)
 
 
+def test_a_row_of_perplexity_alone_has_nothing_to_pair(store: RecordStore) -> None:
+    record = examples.finished("dense", "none", model="other")
+    alone = examples.PROTOCOL.model_copy(update={"name": "alone", "tasks": ()})
+    record.spec = record.spec.model_copy(update={"protocol": alone})
+    store.save(record)
+    with pytest.raises(InputError, match="no items to pair: protocol 'alone' is perplexity alone"):
+        choose(store, record.id)
+
+
 def test_an_ambiguous_name_lists_the_candidates(store: RecordStore) -> None:
     other = examples.finished("svd", "params=0.7")
     store.save(other, rows(BAD))
