@@ -66,6 +66,12 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
             f" that of the imitation and is not compared: {shares}"
         )
+    disturbed = [label(row) for row in members if row.get("concurrent_cells")]
+    if disturbed:
+        lines.append(
+            "speeds measured while other cells ran, which took from them, and not compared: "
+            + ", ".join(disturbed)
+        )
     slower = [row for row in members if row["recipe"] != "dense" and row.get("slower_than_dense")]
     if slower:
         named = ", ".join(f"{label(row)} ({' and '.join(row['slower_than_dense'])})" for row in slower)

@@ -210,6 +210,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row |= {"family": record.family, "setting": setting(record)}
     if record.searched is not None:
         row["searched"] = record.searched
+    if (together := record.conditions.get("concurrent_cells", 1)) > 1:
+        row["concurrent_cells"] = together
     if simulated is not None:
         row["simulated_share"] = simulated
         row["slower_than_dense"] = [

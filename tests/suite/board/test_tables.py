@@ -162,3 +162,5 @@ def test_speeds_of_cells_that_ran_at_the_same_time_are_not_set_against_a_quiet_d
     assert alone["prefill_ratio"] == 1.0
     assert disturbed["prefill_ratio"] is None
     assert disturbed["device"] == "a processor, 2 cells at the same time"
+    text = tables.markdown([dense, record("svd", "params=0.8", 2)])
+    assert "speeds measured while other cells ran, which took from them, and not compared: svd" in text
