@@ -1,8 +1,8 @@
 """bfloat16 on processors that have no instructions for it.
 
 There, torch multiplies bfloat16 matrices in a plain loop: on two AVX2 cores a 135M model ran 5 times
-slower than in float32, and trained 20 times slower. `widened` multiplies in float32 and rounds the
-result, which is what such instructions do as well: they, too, sum in float32 and round once.
+slower than in float32, and trained 20 times slower. `widened` multiplies, and attends, in float32 and
+rounds the result, which is what such instructions do as well: they, too, sum in float32 and round once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional
 
 FEWEST_ROWS = 8
 """Below, widening the other matrix costs more than it saves (measured: 3 to 16, by size)."""
@@ -34,15 +34,18 @@ def widened(device: str) -> Iterator[None]:
     if native(device):
         yield
         return
+    own = functional.scaled_dot_product_attention
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that these are its own operators
         for name in ("mm", "addmm", "bmm"):
             library.impl(name, _product(getattr(torch.ops.aten, name).out), "CPU", allow_override=True)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # attention made of the products above
-            yield
+        # Here and not among the operators: attention differentiates itself, in the dtype it is given.
+        functional.scaled_dot_product_attention = _attention(own)
+        yield
     finally:
+        functional.scaled_dot_product_attention = own
         library._destroy()
 
 
@@ -58,3 +61,18 @@ def _product(out_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return out_of(*wide, **scales, out=wide[0].new_empty(shape)).to(left.dtype)
 
     return product
+
+
+def _attention(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention of bfloat16 queries, keys and values by torch's `own` in float32."""
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if query.dtype is not torch.bfloat16:
+            return own(query, key, value, attn_mask, *args, **kwargs)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.float()
+        return own(query.float(), key.float(), value.float(), attn_mask, *args, **kwargs).to(query.dtype)
+
+    return attention

@@ -36,6 +36,17 @@ def test_products_are_those_of_float32_rounded_once() -> None:
 
 
 @pytest.mark.usefixtures("widened")
+@pytest.mark.parametrize("mask", [None, "choice", "bias"])
+def test_attention_is_that_of_float32_rounded_once(mask: str | None) -> None:
+    heads = [random(2, 3, 16 + more, 8) for more in (0, 4, 4)]
+    bias = random(1, 1, 16, 20)
+    given = {None: None, "choice": bias > 0, "bias": bias}[mask]
+    wide = given.float() if mask == "bias" else given
+    exact = functional.scaled_dot_product_attention(*[head.float() for head in heads], attn_mask=wide)
+    assert torch.equal(functional.scaled_dot_product_attention(*heads, attn_mask=given), exact.bfloat16())
+
+
+@pytest.mark.usefixtures("widened")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_dtypes_are_multiplied_as_ever(dtype: torch.dtype) -> None:
     rows, weight = random(16, 48, dtype=dtype), random(32, 48, dtype=dtype)
@@ -58,11 +69,12 @@ def test_a_model_trains_through_them() -> None:
 
 def test_torch_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = random(16, 48), random(32, 48)
-    before = rows @ weight.T
+    before, attend = rows @ weight.T, functional.scaled_dot_product_attention
     monkeypatch.setattr(bfloat16, "native", lambda device: False)
     with pytest.raises(RuntimeError, match="stop"), bfloat16.widened("cpu"):
         raise RuntimeError("stop")
     assert torch.equal(rows @ weight.T, before)
+    assert functional.scaled_dot_product_attention is attend
 
 
 def test_an_accelerator_needs_no_help() -> None:
