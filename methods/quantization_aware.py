@@ -20,7 +20,6 @@ from suite.losses import Objective
 from suite.method import Method, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import layout_of
-from suite.packing import pack
 
 _STARTS = 40
 """Clipping points, as even shares of the largest weight, that the start is chosen from."""
@@ -158,7 +157,6 @@ def pack_linear(linear: nn.Module, spec: ModuleSpec) -> PackedLinear:
     module = spec.build(weight.dtype, str(weight.device))
     assert isinstance(module, PackedLinear)
     codes = scaling.codes(weight).round() + scaling.zero
-    module.packed.copy_(pack(codes.to(torch.uint8), module.bits))
-    module.scales.copy_(scaling.step(weight).expand(len(weight), 1))
+    module.store_(codes, scaling.step(weight).expand(len(weight), 1))
     module.bias = linear.bias if isinstance(linear.bias, nn.Parameter) else None
     return module

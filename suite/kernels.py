@@ -3,15 +3,12 @@
 The reference path dequantizes the matrix and multiplies. For a few rows, as in decoding, others can be
 faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
 and number of rows. A path that does not agree with the reference is never taken. Nothing is stored
-twice: every path reads the packed tensors that the checkpoint holds.
+twice: every path reads the packed tensors that the checkpoint holds, or those bytes in another order.
 
 Paths differ in rounding. Where numbers must repeat bit for bit (compressing, and comparing a reload
 with what was saved), `reference()` keeps to the dequantizing path, so weights are compared and not
 kernels. It is also the path of training, of torch.compile, of tensors without data and of more than
 `FEW_ROWS` rows, where dequantizing costs little beside the product.
-
-torch's own int4 kernels are not among the paths: they want tile layouts of their own, which differ by
-device, and would be a second copy of the weights beside the one that is saved.
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ FEW_ROWS = 16
 """Above, the reference path is taken unmeasured."""
 
 REFERENCE = "dequantize"
+TILES = "torch int4"
 _BUCKETS = (1, 4, 16)
 _REPEATS = 3
 _MUST_GAIN = 0.8
@@ -64,20 +62,25 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
         return lambda probe: path(probe, matrix, bias)
 
     calls = {name: timed(path) for name, path in usable.items()}
-    return usable[_fastest(form, calls, x)](x, matrix, bias)
+    known = len(_chosen)
+    name = _fastest(form, calls, x)
+    if len(_chosen) > known and TILES not in {path for key, path in _chosen.items() if key.startswith(form)}:
+        matrix.lay_out_(tiled=False)  # measured, and not worth it at any number of rows so far
+    return usable[name](x, matrix, bias)
 
 
 def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
     """The paths that can multiply activations of this dtype with `matrix`, the reference first."""
     usable: dict[str, Path] = {REFERENCE: dequantize}
-    # float16 overflows in products with unscaled codes; grids without even steps have no such codes.
-    if dtype not in (torch.float32, torch.bfloat16) or getattr(matrix, "grid", "uniform") != "uniform":
+    if dtype not in (torch.float32, torch.bfloat16):  # float16 overflows in products with unscaled codes
         return usable
     if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
         usable["scale the output"] = scale_output
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
         if device.type == "cpu" and dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
+    if matrix.can_be_tiled:
+        usable[TILES] = torch_int4
     return usable
 
 
@@ -96,6 +99,15 @@ def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For 8 bits with one scale per row, torch's own kernel: it widens the weights as it goes."""
     scales = matrix.scales.squeeze(-1).to(x.dtype)
     product = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), signed_codes(matrix), scales)
+    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+
+
+def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For 4 bits on the CPU, torch's own kernel; the matrix's bytes are moved into its tiles for good."""
+    matrix.lay_out_(tiled=True)
+    product = torch._weight_int4pack_mm_for_cpu(
+        x.reshape(-1, x.shape[-1]), matrix.packed, matrix.group, matrix.scales_and_offsets(x.dtype)
+    )
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, cast, get_args
+from typing import Any, ClassVar, Protocol, Self, cast, get_args
 
 import torch
 from pydantic import field_validator
@@ -23,7 +23,16 @@ from torch.nn import functional
 from suite import kernels
 from suite.errors import InputError
 from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
-from suite.packing import pack, unpack, unpack_as
+from suite.packing import (
+    pack,
+    rows_of_tiles,
+    tile,
+    tile_width,
+    unpack,
+    unpack_as,
+    unpack_tiles_as,
+    untile,
+)
 from suite.registry import Registry
 from suite.specs import Frozen
 
@@ -181,6 +190,8 @@ class PackedMatrix(nn.Module):
     packed: Tensor
     scales: Tensor
     zeros: Tensor
+    tiled = False
+    """Whether the bytes of `packed` lie in tiles for torch's 4-bit CPU kernel, as they never do in a file."""
 
     def __init__(
         self, rows: int, columns: int, bits: int, group: int, symmetric: bool, grid: Grid = "uniform"
@@ -226,6 +237,7 @@ class PackedMatrix(nn.Module):
     @torch.no_grad()
     def store_(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Store whole-numbered codes (rows × columns), scales and zeros (rows × groups) as they are."""
+        self.tiled = False
         self.packed.copy_(pack(codes.to(torch.uint8), self.bits))
         self.scales.copy_(scales)
         if self.grid == "float-zero":
@@ -235,10 +247,14 @@ class PackedMatrix(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """The matrix (or the chosen rows of it) in `dtype`."""
-        packed, scales = (
-            (self.packed, self.scales) if rows is None else (self.packed[rows], self.scales[rows])
-        )
-        values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
+        scales = self.scales if rows is None else self.scales[rows]
+        if self.tiled and rows is None:
+            values = unpack_tiles_as(self.packed, self._levels(), dtype)
+        else:
+            packed = self.packed
+            if rows is not None:
+                packed = rows_of_tiles(packed, rows) if self.tiled else packed[rows]
+            values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns
@@ -250,6 +266,48 @@ class PackedMatrix(nn.Module):
                 zeros = unpack(zeros, self.bits, groups)
             values = values - zeros.to(dtype).unsqueeze(-1)
         return self._ungrouped(values * scales.to(dtype).unsqueeze(-1))
+
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether torch's 4-bit CPU kernel has tiles for this matrix: whole ones, of even steps."""
+        if self.bits != 4 or self.grid == "normal-float" or self.group not in (32, 64, 128, 256):
+            return False
+        whole = self.columns % self.group == 0 and self.rows % 64 == 0
+        return whole and self.packed.device.type == "cpu" and tile_width() > 0
+
+    def lay_out_(self, tiled: bool) -> None:
+        """Move the bytes of `packed` into tiles for torch's 4-bit CPU kernel, or back."""
+        if tiled != self.tiled:
+            self.packed.copy_(tile(self.packed, self.columns) if tiled else untile(self.packed))
+            self.tiled = tiled
+
+    def scales_and_offsets(self, dtype: torch.dtype) -> Tensor:
+        """What torch's 4-bit kernel reads: scale and offset, value = scale · (code − 8) + offset.
+
+        Groups × rows × 2.
+        """
+        found = torch.zeros(self.scales.shape[1], self.rows, 2, dtype=dtype, device=self.scales.device)
+        found[..., 0] = self.scales.T
+        if not self.symmetric:
+            zeros = self.zeros
+            if self.grid != "float-zero":
+                zeros = unpack(zeros, self.bits, self.scales.shape[1])
+            found[..., 1] = (self.scales.float() * (8 - zeros.float())).T
+        return found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled:
+            destination[f"{prefix}packed"] = untile(self.packed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.lay_out_(tiled=False)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.lay_out_(tiled=False)  # elsewhere there are other tiles, or none
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def _levels(self) -> tuple[float, ...]:
         """What each code stands for, before scale and stored zero."""

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from suite import kernels
 from suite.conformance import tiny
-from suite.layers import PackedLinear
+from suite.layers import PackedEmbedding, PackedLinear
+from suite.packing import tile_width
 from suite.run import audit
 from suite.run.environment import conditions
 
@@ -107,6 +108,73 @@ def test_the_torch_kernel_is_kept_from_rows_that_end_inside_a_vector() -> None:
         assert "torch int8" not in kernels.paths(matrix, torch.bfloat16, CPU)
 
 
+needs_tiles = pytest.mark.skipif(not tile_width(), reason="torch's 4-bit kernel has no known tiles here")
+
+
+@needs_tiles
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(64, 64, 32), (192, 576, 64), (128, 256, 128)])
+def test_torch_has_a_kernel_for_four_bits_in_whole_tiles(
+    rows: int, columns: int, group: int, dtype: torch.dtype, symmetric: bool
+) -> None:
+    matrix = packed(rows, columns, 4, group, symmetric, dtype)
+    saved, values = matrix.state_dict()["packed"].clone(), matrix.dequantize(dtype)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    for tokens in (1, 3, 8):
+        names = assert_every_path_agrees(matrix, activations(tokens, columns, dtype), allowed)
+        assert names == {kernels.REFERENCE, kernels.TILES}
+    assert matrix.tiled
+    assert not torch.equal(matrix.packed, saved)
+    assert torch.equal(matrix.dequantize(dtype), values)
+    assert torch.equal(matrix.state_dict()["packed"], saved)
+
+
+@needs_tiles
+def test_float_zeros_are_offsets_of_the_four_bit_kernel() -> None:
+    with torch.no_grad():
+        matrix = PackedLinear(64, 64, 4, 32, symmetric=False, grid="float-zero")
+        codes = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(0))
+        matrix.store_(codes, torch.rand(64, 2) + 0.5, 7 + torch.rand(64, 2))
+    assert kernels.TILES in assert_every_path_agrees(matrix, activations(3, 64, torch.float32), 1e-5)
+
+
+@needs_tiles
+def test_tiles_are_left_where_a_matrix_moves_or_is_filled_anew() -> None:
+    matrix, other = (packed(64, 64, 4, 32, True, torch.float32, seed) for seed in (0, 1))
+    before, anew = matrix.packed.clone(), other.packed.clone()
+    matrix.lay_out_(tiled=True)
+    assert torch.equal(matrix.to(torch.bfloat16).packed, before)
+    matrix.lay_out_(tiled=True)
+    matrix.load_state_dict(other.state_dict())
+    assert not matrix.tiled
+    assert torch.equal(matrix.packed, anew)
+    matrix.lay_out_(tiled=True)
+    matrix.store_(torch.zeros(64, 64), matrix.scales)
+    assert not matrix.tiled
+    assert not matrix.packed.any()
+
+
+@needs_tiles
+def test_a_table_in_tiles_is_still_looked_up() -> None:
+    embedding = nn.Embedding(128, 64)
+    table = PackedEmbedding.from_embedding(embedding, 4, 32, True)
+    ids = torch.tensor([[0, 127, 31], [32, 5, 64]])
+    before = table(ids)
+    table.lay_out_(tiled=True)
+    assert torch.equal(table(ids), before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(64, 72, 36), (96, 64, 32), (64, 80, 32), (64, 64, 16)]
+)
+def test_the_four_bit_kernel_is_kept_from_what_it_has_no_tiles_for(
+    rows: int, columns: int, group: int
+) -> None:
+    matrix = packed(rows, columns, 4, group, True, torch.float32)
+    assert set(kernels.paths(matrix, torch.float32, CPU)) == {kernels.REFERENCE}
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], None]:
     """Says how many seconds each path seems to take."""
@@ -137,6 +205,21 @@ def test_the_fastest_path_is_taken_and_can_be_told(clock: Callable[[dict[str, fl
         "8 bits, channel, symmetric, 10×21, float32, cpu, up to 1 rows": "scale the output"
     }
     assert conditions("cpu", 1, "float32")["kernels"] == kernels.chosen()
+
+
+@needs_tiles
+@pytest.mark.parametrize("gain", [True, False])
+def test_a_matrix_lies_in_tiles_where_that_is_faster(
+    clock: Callable[[dict[str, float]], None], gain: bool
+) -> None:
+    clock({"dequantize": 1.0, "torch int4": 0.5 if gain else 2.0})
+    matrix = packed(64, 64, 4, 32, True, torch.float32)
+    saved, x = matrix.packed.clone(), activations(1, 64, torch.float32)[:1]
+    with torch.no_grad():
+        got = matrix(x)
+        assert matrix.tiled == gain
+        assert torch.equal(matrix.packed, saved) != gain
+        torch.testing.assert_close(got, kernels.dequantize(x, matrix, matrix.bias))
 
 
 def test_a_small_gain_does_not_decide(clock: Callable[[dict[str, float]], None]) -> None:
