@@ -156,7 +156,7 @@ def smooth(model: PreTrainedModel, tokens: Tensor, alpha: float) -> None:
             def see(x: Tensor, largest: Tensor = largest) -> None:
                 torch.maximum(largest, x.float().abs().amax(0), out=largest)
 
-            block.observe(readers[0], see)
+            block.observe({readers[0]: see})
             linears = [_reader(block.module.get_submodule(path)) for path in readers]
             scale = smoothing_scale(largest, [linear.weight for linear in linears], alpha)
             for tensor in (norm.weight, getattr(norm, "bias", None)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -91,9 +92,12 @@ class Asvd(TruncatedSvd):
         """Note the scale of every linear's inputs in a dense block, and what each ratio would cost it."""
         prefix = f"{block.path}."
         lines = {x.path.removeprefix(prefix): x for x in anatomy.linears if x.block == block.index}
-        for group in anatomy.layout.inputs_shared(list(lines)):
-            scale = input_scale(block, group[0], self.config.alpha)
-            moment = block.second_moment(group[0]) if ratios else None
+        groups = anatomy.layout.inputs_shared(list(lines))
+        first = [group[0] for group in groups]
+        input_scales = scales_of(block, first, self.config.alpha)
+        moments = block.second_moments(first) if ratios else {}
+        for group in groups:
+            scale, moment = input_scales[group[0]], moments.get(group[0])
             for path in group:
                 scales[prefix + path] = scale
                 if moment is not None:
@@ -152,18 +156,16 @@ def searched_ratios(anatomy: Anatomy, plan: Plan) -> tuple[float, ...]:
     return RATIOS
 
 
-def input_scale(block: BlockOnStream, path: str, alpha: float) -> Tensor:
-    """S = E|x|^alpha + 1e-6 (features, float64) of the inputs of the linear at `path`."""
-    parts: list[Tensor] = []
-    tokens = 0
+def scales_of(block: BlockOnStream, paths: Sequence[str], alpha: float) -> dict[str, Tensor]:
+    """S = E|x|^alpha + 1e-6 (features, float64) of the inputs of the linears at `paths`."""
+    sizes: dict[str, list[Tensor]] = {path: [] for path in paths}
+    tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
 
-    def add(value: Tensor) -> None:
-        nonlocal tokens
-        parts.append(value.double().abs().sum(0))
-        tokens += len(value)
+    def add(path: str, value: Tensor) -> None:
+        sizes[path].append(value.double().abs().sum(0))
 
-    block.observe(path, add)
-    return (torch.stack(parts).sum(0) / tokens).pow(alpha) + _EPSILON
+    block.observe({path: partial(add, path) for path in paths})
+    return {path: (torch.stack(parts).sum(0) / tokens).pow(alpha) + _EPSILON for path, parts in sizes.items()}
 
 
 def scaled_svd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,12 +70,9 @@ class Awq(Quantizer[AwqConfig]):
         for block in stream(model, calibration.tokens):
             prefix = f"{block.path}."
             inside = [path.removeprefix(prefix) for path in specs if path.startswith(prefix)]
-            inputs = {
-                path: seen
-                for step in steps(anatomy.layout, block.module, inside)
-                for seen in [observed(block, step[0])]
-                for path in step
-            }
+            together = list(steps(anatomy.layout, block.module, inside))
+            seen = observed(block, [step[0] for step in together])
+            inputs = {path: seen[step[0]] for step in together for path in step}
             block.advance()
             scales: dict[str, Tensor] = {}
             for site in scaling_sites(anatomy, block.module):
@@ -117,23 +116,17 @@ class Awq(Quantizer[AwqConfig]):
         replace(model, path, module)
 
 
-def observed(block: BlockOnStream, path: str) -> Inputs:
-    """Second moment and mean size of the inputs of the linear at `path` inside the block."""
-    moment: Tensor | None = None
-    size: Tensor | None = None
-    tokens = 0
+def observed(block: BlockOnStream, paths: Sequence[str]) -> dict[str, Inputs]:
+    """Second moment and mean size of the inputs of the linears at `paths` inside the block."""
+    seen: dict[str, list[Tensor]] = {}
+    tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
 
-    def see(value: Tensor) -> None:
-        nonlocal moment, size, tokens
-        part, sizes = second_moment(value), value.double().abs().sum(0)
-        moment = part if moment is None else moment + part
-        size = sizes if size is None else size + sizes
-        tokens += len(value)
+    def see(path: str, value: Tensor) -> None:
+        new = [second_moment(value), value.double().abs().sum(0)]
+        seen[path] = [old + more for old, more in zip(seen[path], new, strict=True)] if path in seen else new
 
-    block.observe(path, see)
-    assert moment is not None
-    assert size is not None
-    return Inputs(moment.float(), (size / tokens).float())
+    block.observe({path: partial(see, path) for path in paths})
+    return {path: Inputs(moment.float(), (size / tokens).float()) for path, (moment, size) in seen.items()}
 
 
 @torch.no_grad()

@@ -149,8 +149,10 @@ class BasisSharing(Method[BasisSharingConfig]):
         for block in stream(model, calibration.tokens):
             prefix = f"{block.path}."
             inside = [path.removeprefix(prefix) for path in owner_of if path.startswith(prefix)]
-            for group in layout.inputs_shared(inside):
-                moment = block.second_moment(group[0])
+            groups = layout.inputs_shared(inside)
+            seen = block.second_moments(group[0] for group in groups)
+            for group in groups:
+                moment = seen[group[0]]
                 for owner in (owner_of[prefix + path] for path in group):
                     moments[owner] = moments[owner] + moment if owner in moments else moment
             block.advance()  # dense statistics for all: a unit is replaced after its last block has run

@@ -191,8 +191,10 @@ def outputs_of(
     for block in stream(model, tokens, batch_size=math.ceil(len(tokens) / POOLS)):
         prefix = f"{block.path}."
         inside = [line.path.removeprefix(prefix) for line in lines if line.block == block.index]
-        for group in anatomy_of(model).layout.inputs_shared(inside):
-            inputs = Inputs.of(block, group[0], centred=True, pooled=True)
+        groups = anatomy_of(model).layout.inputs_shared(inside)
+        inputs_of = Inputs.of_all(block, [group[0] for group in groups], centred=True, pooled=True)
+        for group in groups:
+            inputs = inputs_of[group[0]]
             assert inputs.mean is not None
             for path in group:
                 weight = cast(nn.Linear, block.module.get_submodule(path)).weight

@@ -145,7 +145,7 @@ def important_channels(model: PreTrainedModel, tokens: Tensor, plan: Plan) -> di
         down = block.module.get_submodule(roles["down"])
         assert isinstance(down, nn.Linear)
         energy = torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device)
-        block.observe(roles["down"], partial(_add_energy, energy))
+        block.observe({roles["down"]: partial(_add_energy, energy)})
         score = energy * down.weight.double().square().sum(0)
         prefix = f"{layout.blocks}.{position}."
         width = plan.modules[prefix + roles["down"]].arguments["in_features"]

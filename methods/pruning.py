@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Literal, Self
 
@@ -82,6 +83,10 @@ class Pruning(Method[PruningConfig]):
         return _plan(kept, anatomy)
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
+        if "calibration" not in self.needs:
+            for path in plan.modules:
+                self._prune(model, path, plan, torch.empty(0))
+            return
         assert calibration is not None
         groups = layout_of(model.config).groups
         readers = {path: paths[0] for paths in groups for path in paths}
@@ -90,7 +95,7 @@ class Pruning(Method[PruningConfig]):
             paths = [path.removeprefix(prefix) for path in plan.modules if path.startswith(prefix)]
             # All statistics are of the block before it is pruned, as in both papers.
             sources = dict.fromkeys(readers.get(path, path) for path in paths)
-            statistics = {source: self._statistics(block, source) for source in sources}
+            statistics = self._statistics(block, sources)
             for path in paths:
                 self._prune(model, prefix + path, plan, statistics[readers.get(path, path)])
 
@@ -102,9 +107,9 @@ class Pruning(Method[PruningConfig]):
         kind = SemiStructuredLinear if kept is None else SparseLinear
         replace(model, path, kind.from_weight(weight, places, linear))
 
-    @abstractmethod
-    def _statistics(self, block: BlockOnStream, path: str) -> Tensor:
-        """What the weights of the linear at `path` in `block` are judged by."""
+    def _statistics(self, block: BlockOnStream, paths: Iterable[str]) -> Mapping[str, Tensor]:
+        """What the weights of the linears at `paths` in `block` are judged by; none without data."""
+        return {}
 
     @abstractmethod
     def _pruned(self, weight: Tensor, kept: int | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,13 +126,6 @@ class Magnitude(Pruning):
     name = "magnitude"
     source = "Han et al. (arXiv 1506.02626); as baseline in Wanda (arXiv 2306.11695, table 2)"
     needs = frozenset()
-
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
-        for path in plan.modules:
-            self._prune(model, path, plan, torch.empty(0))
-
-    def _statistics(self, block: BlockOnStream, path: str) -> Tensor:
-        raise NotImplementedError("magnitude looks at no data")
 
     def _pruned(self, weight: Tensor, kept: int | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
         score = weight.abs()
@@ -146,11 +144,11 @@ class Wanda(Pruning):
     name = "wanda"
     source = "Sun et al., A Simple and Effective Pruning Approach for LLMs (arXiv 2306.11695, section 3)"
 
-    def _statistics(self, block: BlockOnStream, path: str) -> Tensor:
+    def _statistics(self, block: BlockOnStream, paths: Iterable[str]) -> Mapping[str, Tensor]:
         """Σ x² of every input (n, float64)."""
-        sums: list[Tensor] = []
-        block.observe(path, partial(_add_squares, sums))
-        return torch.stack(sums).sum(0)
+        sums: dict[str, list[Tensor]] = {path: [] for path in paths}
+        block.observe({path: partial(_add_squares, parts) for path, parts in sums.items()})
+        return {path: torch.stack(parts).sum(0) for path, parts in sums.items()}
 
     def _pruned(self, weight: Tensor, kept: int | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
         score = weight.abs().double() * statistics.sqrt()
@@ -170,8 +168,8 @@ class SparseGpt(Pruning):
     name = "sparsegpt"
     source = "Frantar & Alistarh, SparseGPT (arXiv 2301.00774, section 3, algorithm 1)"
 
-    def _statistics(self, block: BlockOnStream, path: str) -> Tensor:
-        return block.second_moment(path)
+    def _statistics(self, block: BlockOnStream, paths: Iterable[str]) -> Mapping[str, Tensor]:
+        return block.second_moments(paths)
 
     def _pruned(self, weight: Tensor, kept: int | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
         return sparsegpt(weight, statistics, kept)

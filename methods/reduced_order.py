@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from suite.linalg import Projection, principal_outputs
 from suite.method import Method, MethodConfig, Plan, Target, register
 from suite.models.anatomy import Anatomy, LinearShape, anatomy_of
 from suite.shares import shares_for
-from suite.streaming import BlockOnStream, stream
+from suite.streaming import BlockOnStream, second_moment, stream
 
 Ranks = dict[str, int | None]
 """Path of a linear -> its rank; None is dense."""
@@ -193,8 +194,10 @@ class _Work:
         """Note what every rank of every linear in a dense block would cost the loss."""
         if self.config.allocation not in ("water-filled", "searched"):
             return
-        for group in self._groups(block):
-            inputs = Inputs.of(block, group[0], self.config.centred)
+        groups = self._groups(block)
+        inputs_of = Inputs.of_all(block, [group[0] for group in groups], self.config.centred)
+        for group in groups:
+            inputs = inputs_of[group[0]]
             for path in group:
                 metric, scale = _metric(moments[path])
                 projection = self._project(block, path, inputs, metric)
@@ -253,7 +256,7 @@ class _Work:
         for group in self._groups(block):
             if not chosen.keys() & set(group):
                 continue
-            inputs = Inputs.of(block, group[0], self.config.centred)
+            inputs = Inputs.of_all(block, [group[0]], self.config.centred)[group[0]]
             for path in chosen.keys() & set(group):
                 linear = _linear(block, path)
                 metric = _metric(moments[path])[0] if moments else None
@@ -275,17 +278,25 @@ class Inputs:
     mean: Tensor | None
 
     @classmethod
-    def of(cls, block: BlockOnStream, path: str, centred: bool, pooled: bool = False) -> Inputs:
-        """The inputs of the linear at `path`; pooled moments are about the mean of each batch."""
-        moment = block.second_moment(path)
+    def of_all(
+        cls, block: BlockOnStream, paths: Sequence[str], centred: bool, pooled: bool = False
+    ) -> dict[str, Inputs]:
+        """The inputs of the linears at `paths`, in one pass; pooled ones are about the mean of each batch."""
         if not centred:
-            return cls(moment, None)
-        sums: list[tuple[Tensor, int]] = []
+            return {path: cls(moment, None) for path, moment in block.second_moments(paths).items()}
+        moments: dict[str, Tensor] = {}
+        sums: dict[str, list[tuple[Tensor, int]]] = {path: [] for path in paths}
 
-        def add(value: Tensor) -> None:
-            sums.append((value.double().sum(0), len(value)))
+        def add(path: str, value: Tensor) -> None:
+            part = second_moment(value)
+            moments[path] = moments[path].add_(part) if path in moments else part
+            sums[path].append((value.double().sum(0), len(value)))
 
-        block.observe(path, add)
+        block.observe({path: partial(add, path) for path in paths})
+        return {path: cls._about_the_mean(moments[path], sums[path], pooled) for path in paths}
+
+    @classmethod
+    def _about_the_mean(cls, moment: Tensor, sums: list[tuple[Tensor, int]], pooled: bool) -> Inputs:
         total, tokens = torch.zeros_like(sums[0][0]), sum(count for _, count in sums)
         for part, _ in sums:
             total.add_(part)

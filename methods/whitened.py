@@ -58,9 +58,10 @@ class SvdLlm(TruncatedSvd):
             prefix = f"{dense.path}."
             inside = [path.removeprefix(prefix) for path in plan.modules if path.startswith(prefix)]
             groups = layout.inputs_shared(inside)
-            moments = [dense.second_moment(group[0]) for group in groups]
+            moments = dense.second_moments(group[0] for group in groups)
             dense.advance()
-            for group, moment in zip(groups, moments, strict=True):
+            for group in groups:
+                moment = moments[group[0]]
                 met = compressed[0].second_moment(group[0]) if compressed else None
                 for path in group:
                     linear = dense.module.get_submodule(path)

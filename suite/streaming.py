@@ -6,9 +6,10 @@ while it stands there; the next block is fed what the changed one gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,43 +40,53 @@ class BlockOnStream:
     """Whether the inputs are the next block's already."""
 
     @torch.no_grad()
-    def observe(self, path: str, see: Callable[[Tensor], None]) -> None:
-        """Call `see` with the input of the submodule at `path` inside the block, batch by batch.
+    def observe(self, watched: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Call what is `watched` with the input of the submodule at its path, batch by batch.
 
-        Inputs are two-dimensional (tokens × features). What comes after the submodule is not run.
+        Paths are inside the block, inputs two-dimensional (tokens × features). All are seen in one pass;
+        what comes after the last of them is not run.
         """
+        if not watched:
+            return
+        left: set[str] = set()
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else kwargs["hidden_states"]
-            see(value.reshape(-1, value.shape[-1]))
-            raise _Enough
+            watched[path](value.reshape(-1, value.shape[-1]))
+            left.discard(path)
+            if not left:
+                raise _Enough
 
-        handle = self.module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        handles = [
+            self.module.get_submodule(path).register_forward_pre_hook(partial(hook, path), with_kwargs=True)
+            for path in watched
+        ]
         try:
             for hidden, arguments in zip(self.inputs, self.arguments, strict=True):
-                try:
+                left.update(watched)
+                with suppress(_Enough):
                     self.module(hidden, **arguments)
-                except _Enough:
-                    continue
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def second_moment(self, path: str) -> Tensor:
-        """C = Σ x xᵀ (features × features, float64) of the inputs of the submodule at `path`.
+        """C = Σ x xᵀ (features × features, float64) of the inputs of the submodule at `path`."""
+        return self.second_moments([path])[path]
+
+    def second_moments(self, paths: Iterable[str]) -> dict[str, Tensor]:
+        """C = Σ x xᵀ (features × features, float64) of the inputs of the submodules at `paths`, in one pass.
 
         Batches are multiplied in float32 (float64 for a float64 model) and summed in float64.
         """
-        total: list[Tensor] = []
+        totals: dict[str, Tensor] = {}
 
-        def add(value: Tensor) -> None:
+        def add(path: str, value: Tensor) -> None:
             part = second_moment(value)
-            if total:
-                total[0] += part
-            else:
-                total.append(part)
+            totals[path] = totals[path].add_(part) if path in totals else part
 
-        self.observe(path, add)
-        return total[0]
+        self.observe({path: partial(add, path) for path in paths})
+        return totals
 
     @torch.no_grad()
     def advance(self) -> None:

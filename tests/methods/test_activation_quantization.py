@@ -65,7 +65,7 @@ def largest_inputs(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     for block in stream(model, tokens):
         for _, readers in sites(layout_of(model.config)):
             found.append(torch.zeros(48))
-            block.observe(readers[0], lambda x: found.append(torch.maximum(found.pop(), x.abs().amax(0))))
+            block.observe({readers[0]: lambda x: found.append(torch.maximum(found.pop(), x.abs().amax(0)))})
     return found
 
 

@@ -77,7 +77,7 @@ def test_columns_are_scaled_by_the_mean_absolute_input_of_the_dense_model(
     path = next(path for path, role in layout.roles.items() if role == "down")
     for block in stream(dense, TOKENS):
         inputs: list[Tensor] = []
-        block.observe(path, inputs.append)
+        block.observe({path: inputs.append})
         scale = torch.cat(inputs).double().abs().mean(0).sqrt() + 1e-6
         weight = dense.get_submodule(f"{block.path}.{path}").weight.detach().double()
         rank = plan.modules[f"{block.path}.{path}"].arguments["rank"]
@@ -97,7 +97,7 @@ def test_one_threshold_holds_for_every_linear(model: PreTrainedModel, family: st
         for line in (line for line in lines if line.block == block.index):
             inner = line.path.removeprefix(f"{block.path}.")
             inputs: list[Tensor] = []
-            block.observe(inner, inputs.append)
+            block.observe({inner: inputs.append})
             x = torch.cat(inputs).double()
             m, n = line.out_features, line.in_features
             ranks = [int(ratio * m * n / (m + n)) for ratio in ratios]

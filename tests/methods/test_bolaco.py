@@ -43,7 +43,7 @@ def test_the_mean_output_on_dense_inputs_is_kept_exactly(family: str) -> None:
         prefix = f"{block.path}."
         for path in (path for path in plan.modules if path.startswith(prefix)):
             seen: list[Tensor] = []
-            block.observe(path.removeprefix(prefix), seen.append)
+            block.observe({path.removeprefix(prefix): seen.append})
             x = torch.cat(seen)
             with torch.no_grad():
                 before, after = (m.get_submodule(path)(x).mean(0) for m in (dense, model))
@@ -67,10 +67,10 @@ def test_pooled_covariances_are_about_the_mean_of_each_group() -> None:
     model = tiny.build("llama")
     block = next(iter(stream(model, TOKENS, batch_size=1)))
     seen: list[Tensor] = []
-    block.observe("self_attn.q_proj", seen.append)
+    block.observe({"self_attn.q_proj": seen.append})
     wide = [part.double() for part in seen]
     pooled = sum((x - x.mean(0)).T @ (x - x.mean(0)) for x in wide)
-    found = Inputs.of(block, "self_attn.q_proj", centred=True, pooled=True)
+    found = Inputs.of_all(block, ["self_attn.q_proj"], centred=True, pooled=True)["self_attn.q_proj"]
     torch.testing.assert_close(found.moment, torch.as_tensor(pooled), rtol=1e-4, atol=1e-4)
     assert found.mean is not None
     torch.testing.assert_close(found.mean, torch.cat(wide).mean(0))

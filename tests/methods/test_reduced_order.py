@@ -222,7 +222,7 @@ def test_centred_directions_keep_the_mean_output(family: str) -> None:
     inputs: list[Tensor] = []
     for block in stream(dense, TOKENS, batch_size=8):
         if block.index == 0:
-            block.observe(path, lambda x: inputs.append(x.clone()))
+            block.observe({path: lambda x: inputs.append(x.clone())})
     x = torch.cat(inputs)
     prefix = layout_of(model.config).blocks
     old, new = (each.get_submodule(f"{prefix}.0.{path}") for each in (dense, model))

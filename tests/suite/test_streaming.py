@@ -44,6 +44,9 @@ def test_second_moments_are_those_of_a_linears_input(family: str) -> None:
             x = torch.cat(seen)
             for path in group:
                 torch.testing.assert_close(block.second_moment(path), x.T @ x)
+        every = [path for group in layout.groups for path in group]
+        for path, moment in block.second_moments(every).items():
+            assert torch.equal(moment, block.second_moment(path))
 
 
 def test_a_changed_block_changes_what_comes_after_it() -> None:
