@@ -6,6 +6,7 @@ The index costs bytes but holds no parameters; `suite.run.audit` checks that it 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,18 @@ from suite.layers import default_dtype, module_type
 from suite.packing import pack, unpack
 
 IndexFormat = Literal["bitmap", "2:4"]
+
+
+@functools.cache
+def _places_by_byte(index_format: IndexFormat, device: torch.device) -> Tensor:
+    """For each byte of an index which of eight weights it keeps, as eight bools seen as one integer."""
+    byte = torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(-1)
+    if index_format == "bitmap":
+        places = unpack(byte, 1, 8).bool()
+    else:
+        positions = unpack(byte, 2, 4).reshape(256, 2, 2, 1)
+        places = (positions == torch.arange(4, dtype=torch.uint8, device="cpu")).any(-2).reshape(256, 8)
+    return places.view(torch.int64).flatten().to(device)
 
 
 class SparseMatrix(nn.Module):
@@ -52,11 +65,9 @@ class SparseMatrix(nn.Module):
 
     def places(self) -> Tensor:
         """Which weights are kept (rows × columns, bool), read off the index."""
-        if self.index_format == "bitmap":
-            return unpack(self.index, 1, self.columns).bool()
-        positions = unpack(self.index, 2, self.columns // 2).reshape(self.rows, -1, 2)
-        spots = torch.arange(4, dtype=torch.uint8, device=self.index.device)
-        return (positions.unsqueeze(-1) == spots).any(-2).reshape(self.rows, self.columns)
+        table = _places_by_byte(self.index_format, self.index.device)
+        places = table.index_select(0, self.index.int().reshape(-1)).view(torch.bool)
+        return places.reshape(self.rows, -1)[:, : self.columns]
 
     @staticmethod
     def index_of(places: Tensor, index_format: IndexFormat) -> Tensor:
