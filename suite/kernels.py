@@ -29,6 +29,7 @@ FEW_ROWS = 16
 """Above, the reference path is taken unmeasured."""
 
 REFERENCE = "dequantize"
+SCALED = "scale the output"
 TILES = "torch int4"
 _BUCKETS = (1, 4, 16)
 _REPEATS = 3
@@ -54,9 +55,7 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     usable = paths(matrix, x.dtype, x.device)
     if len(usable) == 1:
         return dequantize(x, matrix, bias)
-    zeros = "symmetric" if matrix.symmetric else "asymmetric"
-    group = "channel" if matrix.group == matrix.columns else f"group {matrix.group}"
-    form = f"{matrix.bits} bits, {group}, {zeros}, {matrix.rows}×{matrix.columns}"
+    form = _form(matrix)
 
     def timed(path: Path) -> Callable[[Tensor], Tensor]:
         return lambda probe: path(probe, matrix, bias)
@@ -69,13 +68,18 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     return usable[name](x, matrix, bias)
 
 
+def rebuilds(matrix: PackedMatrix, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of so many rows make the matrix dense: those that took no kernel in this process."""
+    return _chosen.get(_key(_form(matrix), rows, dtype, device), REFERENCE) in (REFERENCE, SCALED)
+
+
 def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
     """The paths that can multiply activations of this dtype with `matrix`, the reference first."""
     usable: dict[str, Path] = {REFERENCE: dequantize}
     if dtype not in (torch.float32, torch.bfloat16):  # float16 overflows in products with unscaled codes
         return usable
     if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
-        usable["scale the output"] = scale_output
+        usable[SCALED] = scale_output
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
         if device.type == "cpu" and dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
@@ -182,13 +186,27 @@ def _has_integer_product(left: Tensor, right: Tensor) -> bool:
 def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> str:
     """The name of the path that is fastest for inputs like `x`, measured at its first use."""
     rows = x.numel() // x.shape[-1]
-    bucket = next((most for most in _BUCKETS if rows <= most), 64)
-    kind = str(x.dtype).removeprefix("torch.")
-    key = f"{form}, {kind}, {x.device}, up to {bucket} rows"
+    key = _key(form, rows, x.dtype, x.device)
     if key not in _chosen:
+        bucket = _bucket(rows)
         probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
         _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
     return _chosen[key]
+
+
+def _form(matrix: PackedMatrix) -> str:
+    """All of a packed matrix that decides how fast a path is."""
+    zeros = "symmetric" if matrix.symmetric else "asymmetric"
+    group = "channel" if matrix.group == matrix.columns else f"group {matrix.group}"
+    return f"{matrix.bits} bits, {group}, {zeros}, {matrix.rows}×{matrix.columns}"
+
+
+def _bucket(rows: int) -> int:
+    return next((most for most in _BUCKETS if rows <= most), 64)
+
+
+def _key(form: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{form}, {str(dtype).removeprefix('torch.')}, {device}, up to {_bucket(rows)} rows"
 
 
 def _measure(calls: Mapping[str, Callable[[Tensor], Tensor]], probe: Tensor) -> str:

@@ -69,6 +69,8 @@ class Measurements(Part):
     simulated_share: float | None = None
     """Share of the linears' parameters in modules that rebuild dense weights for each call; None in
     records from before this was measured."""
+    simulated_decode_share: float | None = None
+    """The same for the calls of decoding, for which packed linears may have a kernel."""
 
 
 class Noise(Part):

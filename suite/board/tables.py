@@ -156,6 +156,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         if count is not None:
             achieved = count / base if budget.value <= 1 else float(count)
     simulated = m.simulated_share if m else None
+    simulated_decode = m.simulated_decode_share if m else None
     row: Row = {
         "model": spec.model,
         "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
@@ -187,7 +188,9 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "unused": 1 - achieved / target if achieved is not None and target else None,
         "bytes_ratio": sizes.bytes_disk / record.dense.bytes_disk if sizes else None,
         "prefill_ratio": None if simulated else _ratio(m, dense, "prefill"),
-        "decode_ratio": None if simulated else _ratio(m, dense, "decode"),
+        "decode_ratio": None
+        if (simulated if simulated_decode is None else simulated_decode)
+        else _ratio(m, dense, "decode"),
         "train_ratio": None if simulated else _ratio(m, dense, "training"),
         "load_memory_bytes": m.memory.load if m else None,
         "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
@@ -214,6 +217,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row["concurrent_cells"] = together
     if simulated is not None:
         row["simulated_share"] = simulated
+        if simulated_decode is not None:
+            row["simulated_decode_share"] = simulated_decode
         row["slower_than_dense"] = [
             name for name in ("prefill", "decode") if _hundredths(_ratio(m, dense, name)) < 100
         ]
@@ -365,7 +370,8 @@ def _speed(row: Row, name: str) -> str:
     if value is None:
         return ""
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-    if row.get("simulated_share"):
+    share = row.get("simulated_share")
+    if row.get("simulated_decode_share" if name == "decode" else "simulated_share", share):
         return text + SIMULATED
     return text if ratio is None or row["recipe"] == "dense" else f"{text} ({ratio:.2f}×)"
 

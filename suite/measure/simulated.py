@@ -1,6 +1,7 @@
 """Which part of a model only imitates its format: dense weights are rebuilt for each call.
 
-Such a module saves bytes at rest, but its speed is that of the imitation, not of the format.
+Such a module saves bytes at rest, but its speed is that of the imitation, not of the format. A packed
+linear may have a path of its own for the few rows of decoding, and imitates for the many of prefill.
 """
 
 from __future__ import annotations
@@ -8,15 +9,29 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from suite import kernels
+from suite.layers import PackedMatrix
 from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
 
 
-def simulated_share(model: nn.Module, entries: tuple[Entry, ...], layout: Layout) -> float:
-    """Share of the parameters of the blocks' linears in modules with a truthy attribute `simulated`."""
-    marked = [path for path, module in model.named_modules() if getattr(module, "simulated", False)]
+def simulated_share(
+    model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int | None = None
+) -> float:
+    """Share of the parameters of the blocks' linears in modules with a truthy attribute `simulated`.
+
+    With `rows`, packed linears do not count whose products of so few rows took a kernel so far.
+    """
+
+    def imitates(module: nn.Module) -> bool:
+        if rows is not None and isinstance(module, PackedMatrix):
+            return kernels.rebuilds(module, rows, model.dtype, model.device)
+        return bool(getattr(module, "simulated", False))
+
+    marked = [path for path, module in model.named_modules() if imitates(module)]
     if not marked:
         return 0.0
     inside = re.compile("(?:" + "|".join(map(re.escape, marked)) + r")(?:\.|$)")

@@ -175,6 +175,8 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     with report.stage("speed"), peak_memory(spec.device) as peak:
         prefill = speed.prefill(model, protocol.speed)
         decode = speed.decode(model, protocol.speed)
+        simulated = simulated_share(model, entries, layout_of(model.config))
+        simulated_decode = simulated_share(model, entries, layout_of(model.config), rows=1)
     if protocol.dtype != "native":
         model = model.to(getattr(torch, protocol.dtype))
     with report.stage("perplexity"):
@@ -211,7 +213,8 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             "prefill": prefill,
             "decode": decode,
             "training": training,
-            "simulated_share": simulated_share(model, entries, layout_of(model.config)),
+            "simulated_share": simulated,
+            "simulated_decode_share": simulated_decode,
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "perplexity": ppl,
             "tasks": tasks,

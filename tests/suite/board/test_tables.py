@@ -121,6 +121,20 @@ def test_simulated_rows_show_speeds_with_a_mark_and_without_a_ratio() -> None:
     assert row["prefill_ratio"] is row["decode_ratio"] is row["train_ratio"] is None
 
 
+def test_a_kernel_for_decoding_is_compared_though_prefill_is_simulated() -> None:
+    dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
+    packed = simulated(examples.finished("rtn-int4", "bytes=0.5", params=900), 1.0)
+    assert packed.measurements is not None
+    packed.measurements.simulated_decode_share = 0.0
+    row = next(row for row in tables.rows([dense, packed]) if row["recipe"] == "rtn-int4")
+    assert row["prefill_ratio"] is row["train_ratio"] is None
+    assert row["decode_ratio"] is not None
+    line = next(
+        line for line in tables.markdown([dense, packed]).splitlines() if line.startswith("| rtn-int4")
+    )
+    assert line.count("‡") == 2
+
+
 def test_rows_slower_than_dense_on_the_same_device_are_named() -> None:
     dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
     slow = simulated(examples.finished("svd", "params=0.8", params=1100), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from suite import kernels
 from suite.conformance import tiny
 from suite.measure.ledger import ledger
 from suite.measure.simulated import simulated_share
@@ -32,6 +33,24 @@ def test_every_linear_of_a_class_marked_simulated_counts(
     assert 0 <= biases < 0.05
     monkeypatch.setattr("suite.layers.PackedLinear.simulated", False)
     assert share(model) == 0
+
+
+@pytest.mark.parametrize(("path", "expected"), [(kernels.SCALED, 1), ("torch int8", 0)])
+def test_packed_linears_do_not_count_for_rows_that_a_kernel_takes(
+    path: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama")
+    tiny.compress(model, "rtn-int8")
+    entries, layout = ledger(model), layout_of(model.config)
+    kernels.forget()
+    assert simulated_share(model, entries, layout, rows=1) == 1
+    usable = dict.fromkeys((kernels.REFERENCE, path), kernels.dequantize)
+    monkeypatch.setattr(kernels, "paths", lambda *_: usable)
+    monkeypatch.setattr(kernels, "_measure", lambda calls, probe: path)
+    tiny.logits_of(model, tiny.token_ids(1, 1))
+    assert simulated_share(model, entries, layout, rows=1) == expected
+    assert simulated_share(model, entries, layout, rows=64) == 1
+    kernels.forget()
 
 
 def test_a_part_counts_by_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
