@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -231,13 +233,23 @@ class Search:
         return study
 
     def _first(self) -> Iterator[dict[str, Any]]:
-        """Tried first: the candidates, or the untrained stacks with default knobs, short ones first."""
+        """Tried first: the candidates, or every method alone and every structure under one quantizer.
+
+        What can reach a byte budget well comes first: quantizers, then stacks, then structures alone; other
+        budgets need structures. All are untrained and have default knobs; the seed says who meets whom.
+        """
         if self.spec.candidates:
             yield from ({"recipe": recipe} for recipe in self.spec.candidates)
             return
-        kinds = self.spec.choices
-        pairs = [(s, q) for s in kinds["structure"] for q in kinds["quantizer"]]
-        for structure, quantizer in sorted(pairs, key=lambda pair: sum(name != NOTHING for name in pair)):
+        structures, quantizers = (
+            [name for name in self.spec.choices[kind] if name != NOTHING]
+            for kind in ("structure", "quantizer")
+        )
+        shuffled = random.Random(self.spec.seed).sample(quantizers, len(quantizers))
+        pairs = [(NOTHING, quantizer) for quantizer in quantizers]
+        pairs += zip(structures, cycle(shuffled), strict=False)
+        alone = [(structure, NOTHING) for structure in structures]
+        for structure, quantizer in pairs + alone if self.spec.budget.metric == "bytes" else alone + pairs:
             knobs = self._knobs(quantizer) if quantizer != NOTHING else {}
             defaults = {f"{quantizer} {knob}": values[0] for knob, values in knobs.items()}
             yield {"structure": structure, "heal": NOTHING, "quantizer": quantizer, **defaults}

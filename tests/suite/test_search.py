@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,30 @@ def test_cheap_untrained_stacks_come_first_and_each_stack_once(
     asked = measured(search, monkeypatch)
     monkeypatch.setattr("suite.search._TIRED", 60)
     found = search.run(60)
-    assert asked[:2] == ["svd", "rtn-int8"] or asked[:2] == ["rtn-int8", "svd"]
-    assert asked[2] == "svd+rtn-int8"
+    assert search.spec.budget.metric == "bytes"
+    assert asked[:3] == ["rtn-int8", "svd+rtn-int8", "svd"]
     assert "svd+heal+rtn-int8" in asked
     assert not any(recipe.startswith("heal") for recipe in asked)
     assert len(asked) == len(set(asked))
     assert all(str(Recipe.parse(trial.recipe)) == trial.recipe for trial in found.trials)
     assert {t.recipe for t in found.trials if t.status == "impossible"} >= {"dense"}
+
+
+@pytest.mark.parametrize(("budget", "first"), [("params=0.8", "structure"), ("bytes=0.3", "quantizer")])
+def test_every_method_is_met_before_chance_decides(
+    make: Callable[..., Search], budget: str, first: str
+) -> None:
+    kinds = choices(trained=True, device="cpu")
+    search = make(kinds=kinds)
+    search = replace(search, spec=search.spec.model_copy(update={"budget": Budget.parse(budget)}))
+    tried = list(search._first())
+    assert tried[0][first] != "none"
+    for kind, other in (("structure", "quantizer"), ("quantizer", "structure")):
+        assert {trial[kind] for trial in tried if trial[other] == "none"} >= {*kinds[kind]} - {"none"}
+    stacked = [
+        trial["structure"] for trial in tried if "none" not in (trial["structure"], trial["quantizer"])
+    ]
+    assert sorted(stacked) == sorted({*kinds["structure"]} - {"none"})
 
 
 def test_the_choices_are_what_is_installed_without_controls() -> None:
