@@ -45,7 +45,7 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
-    products = "" if bfloat16.native(device) else ", bfloat16 products in float32"
+    products = "" if bfloat16.native(device) else ", bfloat16 in float32"
     return f"{_processor()}, {psutil.cpu_count(logical=True)} cores, {instructions}{products}"
 
 
