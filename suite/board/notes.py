@@ -21,18 +21,20 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     lines += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
     lines += sorted({row["note"] for row in members if row["note"]})
     lines += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
+    scored = any(row["accuracy"] is not None for row in members)
+    accuracy = "accuracy: mean over tasks in %, 95 % interval of one row alone; " if scored else ""
     lines.append(
-        "accuracy: mean over tasks in %, 95 % interval of one row alone; κ: share of the decoder's linear"
-        " parameters kept; peak: highest memory during inference above the empty process; compress MB:"
-        " highest memory of the whole process that compresses"
+        f"{accuracy}κ: share of the decoder's linear parameters kept; peak: highest memory during inference"
+        " above the empty process; compress MB: highest memory of the whole process that compresses"
     )
     lines.append(
         "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
     )
     if any(row["rank"] for row in members):
+        paired = "items" if scored else "windows of the text that perplexity is measured on"
         lines.append(
-            "rank: the places a row can have among the compressed rows of this table, from paired items, all"
-            " together with 95 % confidence; rows whose ranks overlap may not be told apart"
+            f"rank: the places a row can have among the compressed rows of this table, from paired {paired},"
+            " all together with 95 % confidence; rows whose ranks overlap may not be told apart"
         )
     if any(row["accuracy_difference"] is not None for row in members):
         lines.append("Δ dense: accuracy minus dense in points, paired, 95 % for all rows together")

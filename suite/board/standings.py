@@ -1,10 +1,15 @@
-"""Where rows stand against each other: rank intervals and differences to dense, from paired items."""
+"""Where rows stand against each other: rank intervals and differences to dense, from what they share.
+
+That is the items of the tasks, or the windows of perplexity's text where a protocol has no tasks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from suite import stats
 from suite.paired import Paired, item_keys, pair_items
@@ -53,7 +58,7 @@ def _setting(record: Record) -> list[Any]:
 
 
 def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standing]:
-    """Standings of all compressed rows that have items, table by table.
+    """Standings of all compressed rows, table by table.
 
     Dense is no competitor and has no rank; unbudgeted rows are compared with dense but not ranked.
 
@@ -80,7 +85,7 @@ def _of_table(records: list[Record], store: RecordStore, ranked: bool) -> dict[s
     frames = [(record, store.items(record)) for record in records]
     scored = [(record, frame, item_keys(frame)) for record, frame in frames if frame is not None]
     if not scored:
-        return {}
+        return _by_perplexity(records) if ranked else {}
     # A record made before an item was corrected has other items; the rows most alike are compared.
     digests = [digest_of(keys) for _, _, keys in scored]
     common = max(digests, key=digests.count)
@@ -100,6 +105,32 @@ def _of_table(records: list[Record], store: RecordStore, ranked: bool) -> dict[s
         difference, half_width = gaps.get(i, (None, None))
         result[kept[i][0].id] = Standing(ranks.get(i), difference, half_width)
     return result
+
+
+def _by_perplexity(records: list[Record]) -> dict[str, Standing]:
+    """Ranks by the mean log-likelihood per token, from paired windows."""
+    texts = {
+        record.id: record.measurements.perplexity
+        for record in records
+        if record.measurements and record.spec.recipe != "dense"
+    }
+    digests = [(text.tokens_digest, len(text.window_nlls)) for text in texts.values()]
+    common = max(digests, key=digests.count, default=("", 0))
+    kept = {
+        name: [-nll for nll in text.window_nlls]
+        for (name, text), digest in zip(texts.items(), digests, strict=True)
+        if digest == common and np.isfinite(text.window_nlls).all()
+    }
+    result = {
+        name: Standing(note="not compared: no finite perplexity on the text of the other rows")
+        for name in texts.keys() - kept.keys()
+    }
+    pairs = stats.all_pairs(len(kept))
+    if common[1] < 2 or not pairs:
+        return result | {name: Standing((1, 1)) for name in kept if len(kept) == 1}
+    intervals = stats.macro_differences(list(kept.values()), np.zeros(common[1]), pairs, pseudo_pairs=0)
+    ranks = stats.rank_intervals(intervals, pairs, len(kept))
+    return result | {name: Standing(rank) for name, rank in zip(kept, ranks, strict=True)}
 
 
 def _ranks(paired: Paired, rows: list[int]) -> dict[int, tuple[int, int]]:

@@ -26,7 +26,9 @@ _Z95 = 1.959963984540054
 
 
 def rows(records: Sequence[Record], standings: Standings | None = None) -> list[Row]:
-    """One flat row per record, in the order of the board: dense first, then by budget and accuracy.
+    """One flat row per record, in the order of the board: dense first, then by budget and quality.
+
+    Quality is accuracy, or perplexity where the protocol has no tasks.
 
     Without `standings`, which need the items, rows have no rank and no difference to dense.
     """
@@ -279,6 +281,7 @@ def _order(row: Row) -> tuple[Any, ...]:
         row["healing_tokens"],
         status,
         -(row["accuracy"] or 0),
+        math.inf if row["accuracy"] is not None or row["perplexity"] is None else row["perplexity"],
         row["recipe"],
         row["seed"],
     )
@@ -312,22 +315,27 @@ def _table_text(table: Table, style: str, title: str) -> str:
 
 
 def headers(members: Sequence[Row]) -> list[str]:
-    """Column names of a table: the fixed ones, then one per task."""
-    return [name for name, _ in _COLUMNS] + _task_names(members)
+    """Column names of a table: the fixed ones that have something to say in it, then one per task."""
+    return [name for name, _ in _columns(members)] + _task_names(members)
 
 
 def cells(members: Sequence[Row]) -> list[list[str]]:
     """The formatted cells of a table, line by line."""
-    names = _task_names(members)
+    names, columns = _task_names(members), _columns(members)
     lines = []
     for row in members:
         if row["status"] == "ok":
             scores = [_percent((row["tasks"] or {}).get(name, {}).get("value")) for name in names]
-            lines.append([show(row) for _, show in _COLUMNS] + scores)
+            lines.append([show(row) for _, show in columns] + scores)
         else:
             word = "not applicable" if row["status"] == "not_applicable" else "failed"
-            lines.append([_COLUMNS[0][1](row), "", word] + [""] * (len(_COLUMNS) - 3 + len(names)))
+            lines.append([label(row), word] + [""] * (len(columns) - 2 + len(names)))
     return lines
+
+
+def _columns(members: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    measured = [row for row in members if row["status"] == "ok"] or members
+    return [column for column in _COLUMNS if any(column[1](row) for row in measured)] or _COLUMNS
 
 
 def _task_names(members: Sequence[Row]) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,66 @@ def test_trained_rows_are_ranked_apart_and_have_a_table_of_their_own(store: Reco
     assert not any("heal" in r["recipe"] for r in found[""].rows)
     assert row(store, "svd+heal")["rank"] == (1, 1)
     assert row(store, "svd")["rank"] == (1, 2)
+
+
+def read(recipe: str, losses: Any, text: str = "0123") -> Record:
+    """A record of a protocol without tasks: nats a token in each of many windows."""
+    record = examples.finished(recipe, "none" if recipe == "dense" else "params=0.8")
+    assert record.measurements is not None
+    nlls = tuple(16.0 * float(loss) for loss in losses)
+    mean = float(np.mean(losses))
+    perplexity = record.measurements.perplexity.model_copy(
+        update={
+            "window_nlls": nlls,
+            "nll_per_token": mean,
+            "perplexity": math.exp(mean),
+            "tokens_digest": text,
+        }
+    )
+    measured = record.measurements.model_copy(update={"perplexity": perplexity, "tasks": ()})
+    return record.model_copy(update={"measurements": measured})
+
+
+def test_rows_without_tasks_are_ranked_by_perplexity_window_by_window(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    text = 3 + generator.normal(size=16)  # windows differ far more than rows do
+    losses = {
+        "dense": text,
+        "svd": text + 0.50 + 0.01 * generator.normal(size=16),
+        "layerchop": text + 0.30 + 0.01 * generator.normal(size=16),
+        "slicegpt": text + 0.30 + 0.01 * generator.normal(size=16),
+        "random-layers": text + 8 + generator.normal(size=16),
+    }
+    records = [read(recipe, values) for recipe, values in losses.items()]
+    records.append(read("rom", [*text[:-1], math.inf]))
+    store = RecordStore(tmp_path)
+    for record in records:
+        store.save(record)
+    found = {row["recipe"]: row for row in tables.rows(records, standings(records, store))}
+    assert found["layerchop"]["rank"] == found["slicegpt"]["rank"] == (1, 2)
+    assert found["svd"]["rank"] == (3, 3)
+    assert found["random-layers"]["rank"] == (4, 4)
+    assert found["dense"]["rank"] is found["rom"]["rank"] is None
+    assert "no finite perplexity" in found["rom"]["standing_note"]
+    text_ = tables.markdown(records, standings(records, store))
+    header = next(line for line in text_.splitlines() if line.startswith("| recipe"))
+    assert "perplexity" in header
+    assert "accuracy" not in header
+    assert "from paired windows" in text_
+    order = [line.split("|")[1].strip() for line in text_.splitlines() if line.startswith("| ")][1:]
+    assert order[0] == "dense"
+    assert order[3:5] == ["svd", "random-layers"]
+
+
+def test_one_row_without_tasks_is_first_and_texts_are_not_mixed(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    one = [read("dense", [1, 2]), read("svd", [2, 3])]
+    for record in one:
+        store.save(record)
+    assert [s.rank for s in standings(one, store).values()] == [(1, 1)]
+    more = [*one, read("layerchop", [3, 3.5]), read("slicegpt", [1, 1], text="other")]
+    store.save(more[2])
+    store.save(more[3])
+    found = {row["recipe"]: row for row in tables.rows(more, standings(more, store))}
+    assert found["slicegpt"]["rank"] is None
+    assert found["svd"]["rank"] is not None
