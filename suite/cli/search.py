@@ -140,7 +140,8 @@ def _progress(what: str, found: Found) -> str:
 
 def _table(found: Found, anatomy: Anatomy) -> Table:
     spec = found.spec
-    title = f"{Path(spec.model).name} · {spec.budget} · perplexity on {spec.held_back} sequences of"
+    text = f"{spec.held_back} sequences of {spec.calibration.source}"
+    title = f"{Path(spec.model).name} · {spec.budget} · perplexity on {text}"
     table = Table("recipe", "perplexity", "params", "bytes", "seconds", title=title)
     for trial in found.ranked[:SHOWN]:
         table.add_row(

@@ -43,7 +43,9 @@ def test_the_best_recipe_and_the_next_command_are_shown(
     assert [trial["status"] for trial in shown["trials"]] == ["ok", "ok"]
     assert f"weighin run --from-search {shown['file']}" in shown["next"]
     assert Path(shown["file"]).parent == tmp_path / "searches"
-    assert "rtn-int8" in search(*arguments).stdout
+    table = " ".join(search(*arguments).stdout.split())
+    assert "perplexity on 2 sequences of pydoc" in table
+    assert "rtn-int8" in table
 
 
 @pytest.mark.parametrize(
