@@ -46,7 +46,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 @functools.cache
 def tile_width() -> int:
     """Rows in a tile of torch's 4-bit CPU kernel on this processor; 0 where its layout is not known."""
-    codes = torch.arange(64 * 64, dtype=torch.int32).reshape(64, 64) * 7 % 16
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    codes = torch.randint(16, (64, 64), generator=generator, dtype=torch.int32, device="cpu")
     tiles = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     packed = pack(codes.to(torch.uint8), 4)
     return next((width for width in (32, 64) if torch.equal(_untile(tiles, width), packed)), 0)
