@@ -32,11 +32,12 @@ def test_every_cell_makes_its_weight_and_matches_its_plan(record: Record) -> Non
     assert planned is not None
     stages = Recipe.parse(record.spec.recipe).stages
     if any(stage.adaptive for stage in stages):
-        assert 0.997 * planned.params <= measured.sizes.params <= planned.params
-        assert measured.sizes.bytes_disk <= planned.bytes_disk
-        # A quantizer packs what an adaptive stage leaves dense, and that may be more than was planned.
-        if not any(stage.acts_on == {"bytes"} for stage in stages):
-            assert 0.997 * planned.bytes_disk <= measured.sizes.bytes_disk
+        if any(stage.acts_on == {"bytes"} for stage in stages):
+            # A quantizer packs other shapes than were planned, and gives back what that leaves idle.
+            assert 0.9 * planned.bytes_disk <= measured.sizes.bytes_disk <= 1.001 * planned.bytes_disk
+        else:
+            assert 0.997 * planned.params <= measured.sizes.params <= planned.params
+            assert 0.997 * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk
     else:
         assert (measured.sizes.params, measured.sizes.bytes_disk) == (planned.params, planned.bytes_disk)
     if budget.metric == "params":
