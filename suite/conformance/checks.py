@@ -8,7 +8,6 @@ nothing to look at, and raises anything else where the method fails; the message
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,7 +321,10 @@ def stacks(reloaded: Reloaded) -> str:
 
 @check("not silently slow", "reload")
 def not_slow(reloaded: Reloaded) -> str:
-    """A forward takes no more than ten times the dense model's; only gross offences fail."""
+    """A forward takes no more than ten times the dense model's; only gross offences fail.
+
+    The shortest of a few forwards is taken: what else the machine does only ever adds time.
+    """
     dense = load.load_model(reloaded.source, str(reloaded.model.device))
     ids = tiny.token_ids(4, 64).to(reloaded.model.device)
     seconds: dict[PreTrainedModel, list[float]] = {dense: [], reloaded.model: []}
@@ -331,7 +333,7 @@ def not_slow(reloaded: Reloaded) -> str:
             start = time.perf_counter()
             tiny.logits_of(model, ids)
             taken.append(time.perf_counter() - start)
-    ratio = statistics.median(seconds[reloaded.model]) / statistics.median(seconds[dense])
+    ratio = min(seconds[reloaded.model]) / min(seconds[dense])
     if ratio > SLOWEST:
         raise CellFailed(f"a forward takes {ratio:.0f} × the dense model's time")
     return f"{ratio:.2g} ×"

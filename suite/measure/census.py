@@ -23,19 +23,22 @@ _DEPTH = 6
 
 @dataclass(frozen=True)
 class Hidden:
-    """Memory that the ledger does not count: its bytes, what it is and what holds it."""
+    """Memory that the ledger does not count: its bytes, and the objects that it belongs to."""
 
     bytes: int
-    what: str
-    where: str
+    objects: list[object]
+
+    @property
+    def what(self) -> str:
+        """What it is: a tensor or array with its shape and dtype, or a byte string."""
+        return _described(self.objects[0])
 
 
 def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
     """Storages of at least `smallest` bytes alive in this process and not in the model, largest first.
 
     Garbage is collected first. A storage of the model that is larger than the tensors it holds is
-    listed with what is beyond them. Tensors without data (meta) are left out. Only of
-    the largest the holder is looked up, which takes a moment in a process with much else.
+    listed with what is beyond them. Tensors without data (meta) are left out.
     """
     gc.collect()
     objects = gc.get_objects()
@@ -56,18 +59,14 @@ def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
         if size - counted.get(pointer, 0) >= smallest
     }
     ordered = sorted(excess, key=lambda pointer: -excess[pointer])
-    return tuple(
-        Hidden(
-            excess[pointer],
-            _described(found[pointer][1][0]),
-            holder(model, found[pointer][1]) if place == 0 else "",
-        )
-        for place, pointer in enumerate(ordered)
-    )
+    return tuple(Hidden(excess[pointer], found[pointer][1]) for pointer in ordered)
 
 
 def holder(model: nn.Module, targets: list[object]) -> str:
-    """Where one of `targets` hangs: an attribute, a closure, a class or a module's global."""
+    """Where one of `targets` hangs: an attribute, a closure, a class or a module's global.
+
+    Everything that the model and the loaded modules hold is walked, which takes seconds.
+    """
     wanted = {id(target) for target in targets}
     for path, module in model.named_modules():
         for name, value in vars(module).items():

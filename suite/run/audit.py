@@ -19,7 +19,7 @@ from suite import checkpoint, data, kernels
 from suite.errors import CellFailed
 from suite.evaluate import harness
 from suite.layers import PackedMatrix
-from suite.measure.census import hidden_memory
+from suite.measure.census import hidden_memory, holder
 from suite.measure.ledger import Entry, total_disk, total_params
 from suite.models.anatomy import Anatomy
 from suite.sparse_layers import SparseMatrix
@@ -213,7 +213,8 @@ def no_hidden_memory(model: PreTrainedModel, entries: Sequence[Entry], dense: in
     if extra > tolerance:
         more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
         raise CellFailed(
-            f"resident memory is {(resident + extra) / resident:.2f} × the ledger: {hidden[0].where}"
+            f"resident memory is {(resident + extra) / resident:.2f} × the ledger:"
+            f" {holder(model, hidden[0].objects)}"
             f" ({hidden[0].what}, {hidden[0].bytes:,} bytes{more})"
         )
 
