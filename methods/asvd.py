@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -93,18 +91,17 @@ class Asvd(TruncatedSvd):
         prefix = f"{block.path}."
         lines = {x.path.removeprefix(prefix): x for x in anatomy.linears if x.block == block.index}
         groups = anatomy.layout.inputs_shared(list(lines))
-        first = [group[0] for group in groups]
-        input_scales = scales_of(block, first, self.config.alpha)
-        moments = block.second_moments(first) if ratios else {}
+        seen = block.input_statistics(group[0] for group in groups)
         for group in groups:
-            scale, moment = input_scales[group[0]], moments.get(group[0])
+            inputs = seen[group[0]]
+            scale = inputs.size.pow(self.config.alpha) + _EPSILON
             for path in group:
                 scales[prefix + path] = scale
-                if moment is not None:
+                if ratios:
                     weight = block.module.get_submodule(path).weight
                     assert isinstance(weight, Tensor)
                     ranks = [rank_at(lines[path], ratio) or 1 for ratio in ratios]
-                    losses[prefix + path] = proxy_losses(weight, scale, moment, ranks)
+                    losses[prefix + path] = proxy_losses(weight, scale, inputs.moment, ranks)
 
     def _search(
         self,
@@ -154,18 +151,6 @@ def searched_ratios(anatomy: Anatomy, plan: Plan) -> tuple[float, ...]:
         if low_rank_plan(anatomy.linears, ranks, False, {}).apply(anatomy).params <= size:
             return RATIOS[: least + 1]
     return RATIOS
-
-
-def scales_of(block: BlockOnStream, paths: Sequence[str], alpha: float) -> dict[str, Tensor]:
-    """S = E|x|^alpha + 1e-6 (features, float64) of the inputs of the linears at `paths`."""
-    sizes: dict[str, list[Tensor]] = {path: [] for path in paths}
-    tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
-
-    def add(path: str, value: Tensor) -> None:
-        sizes[path].append(value.double().abs().sum(0))
-
-    block.observe({path: partial(add, path) for path in paths})
-    return {path: (torch.stack(parts).sum(0) / tokens).pow(alpha) + _EPSILON for path, parts in sizes.items()}
 
 
 def scaled_svd(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:

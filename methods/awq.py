@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from suite.layers import ModuleSpec, replace
 from suite.method import register
 from suite.models.anatomy import anatomy_of
 from suite.models.scaling import divide_channels, obstacle, scaling_sites
-from suite.streaming import BlockOnStream, second_moment, stream
+from suite.streaming import InputStatistics, stream
 
 RATIOS = tuple(step / 20 for step in range(20))
 SHARES = tuple(1 - 0.05 * step for step in range(10))
@@ -35,18 +32,6 @@ class AwqConfig(UniformConfig):
 
     symmetric: bool = False
     clip: bool = Field(default=True)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known of the inputs x of a linear: Σ x xᵀ (n × n, float32) and mean |x| (n)."""
-
-    moment: Tensor
-    size: Tensor
-
-    def scaled(self, scale: Tensor) -> Inputs:
-        """As they are once the writer's channels are divided by `scale` (n)."""
-        return Inputs(self.moment / torch.outer(scale, scale), self.size / scale)
 
 
 class Awq(Quantizer[AwqConfig]):
@@ -71,8 +56,8 @@ class Awq(Quantizer[AwqConfig]):
             prefix = f"{block.path}."
             inside = [path.removeprefix(prefix) for path in specs if path.startswith(prefix)]
             together = list(steps(anatomy.layout, block.module, inside))
-            seen = observed(block, [step[0] for step in together])
-            inputs = {path: seen[step[0]] for step in together for path in step}
+            seen = block.input_statistics(step[0] for step in together)
+            inputs = {path: seen[step[0]].to(torch.float32) for step in together for path in step}
             block.advance()
             scales: dict[str, Tensor] = {}
             for site in scaling_sites(anatomy, block.module):
@@ -97,14 +82,14 @@ class Awq(Quantizer[AwqConfig]):
         model: PreTrainedModel,
         path: str,
         specs: dict[str, ModuleSpec],
-        inputs: Inputs,
+        inputs: InputStatistics,
         scale: Tensor | None,
         role: str,
     ) -> None:
         linear, group = linear_at(model, path), specs[path].arguments["group"]
         weight = linear.weight.detach().float()
         if scale is not None:
-            weight, inputs = weight * scale, inputs.scaled(scale)
+            weight, inputs = weight * scale, inputs.divided_by(scale)
         blocks = grouped(weight, group)
         if self.config.clip and role not in UNCLIPPED:
             scales, zeros = clipped_grid(weight, inputs.moment, self.bits, group, self.config.symmetric)
@@ -116,21 +101,8 @@ class Awq(Quantizer[AwqConfig]):
         replace(model, path, module)
 
 
-def observed(block: BlockOnStream, paths: Sequence[str]) -> dict[str, Inputs]:
-    """Second moment and mean size of the inputs of the linears at `paths` inside the block."""
-    seen: dict[str, list[Tensor]] = {}
-    tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
-
-    def see(path: str, value: Tensor) -> None:
-        new = [second_moment(value), value.double().abs().sum(0)]
-        seen[path] = [old + more for old, more in zip(seen[path], new, strict=True)] if path in seen else new
-
-    block.observe({path: partial(see, path) for path in paths})
-    return {path: Inputs(moment.float(), (size / tokens).float()) for path, (moment, size) in seen.items()}
-
-
 @torch.no_grad()
-def best_scale(weight: Tensor, inputs: Inputs, bits: int, group: int, symmetric: bool) -> Tensor:
+def best_scale(weight: Tensor, inputs: InputStatistics, bits: int, group: int, symmetric: bool) -> Tensor:
     """S (n) for `weight` (m × n): mean |x| to the power that leaves the least error after rounding.
 
     Powers 0, 1/20, …, 19/20; power 0 is s = 1. Every s is normalised to √(max·min) = 1.

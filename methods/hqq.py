@@ -9,8 +9,8 @@ from torch import Tensor
 
 from methods.quantization import Quantizer, QuantizerConfig
 from suite.grids import grouped, range_grid, ungrouped, values_of
-from suite.layers import PackedMatrix
 from suite.method import register
+from suite.packed_layers import PackedMatrix
 
 POWER = 0.7
 """p of the norm that errors are measured in."""

@@ -18,10 +18,11 @@ from methods.activation_quantization import ChannelConfig
 from methods.quantization import RtnConfig, RtnInt8
 from suite.calibration import Calibration
 from suite.errors import InputError, MissingExtra
-from suite.layers import PackedLinear, replace
+from suite.layers import replace
 from suite.method import Plan, Target, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import layout_of
+from suite.packed_layers import PackedLinear
 
 
 class LibraryInt8(RtnInt8):

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
 from suite.grids import codes_on, grouped, range_grid, searched_grid, ungrouped
-from suite.layers import LowRankLinear, ModuleSpec, PackedMatrix, TiedHead, replace
+from suite.layers import LowRankLinear, ModuleSpec, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import Layout, layout_of
+from suite.packed_layers import PackedMatrix, TiedHead
 
 Bits = Literal[16, 8, 4]
 Group = Annotated[int, Field(gt=0)] | Literal["channel"]

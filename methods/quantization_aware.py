@@ -15,11 +15,12 @@ from methods.healing import TrainingConfig
 from methods.quantization import Bits, RtnInt4, UniformConfig
 from suite.calibration import Calibration
 from suite.healing import train
-from suite.layers import ModuleSpec, PackedLinear, replace
+from suite.layers import ModuleSpec, replace
 from suite.losses import Objective
 from suite.method import Method, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
 from suite.models.layouts import layout_of
+from suite.packed_layers import PackedLinear
 
 _STARTS = 40
 """Clipping points, as even shares of the largest weight, that the start is chosen from."""

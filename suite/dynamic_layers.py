@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from suite import kernels
-from suite.layers import PackedLinear, default_dtype, module_type
+from suite.layers import default_dtype, module_type
+from suite.packed_layers import PackedLinear
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 

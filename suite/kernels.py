@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from suite.layers import PackedMatrix
+    from suite.packed_layers import PackedMatrix
 
 FEW_ROWS = 16
 """Above, the reference path is taken unmeasured."""
@@ -61,9 +61,8 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
         return lambda probe: path(probe, matrix, bias)
 
     calls = {name: timed(path) for name, path in usable.items()}
-    known = len(_chosen)
-    name = _fastest(form, calls, x)
-    if len(_chosen) > known and TILES not in {path for key, path in _chosen.items() if key.startswith(form)}:
+    name, measured = _fastest(form, calls, x)
+    if measured and TILES not in {path for key, path in _chosen.items() if key.startswith(form)}:
         matrix.lay_out_(tiled=False)  # measured, and not worth it at any number of rows so far
     return usable[name](x, matrix, bias)
 
@@ -132,7 +131,8 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
         return lambda probe: path(probe, right)
 
     form = f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}"
-    return usable[_fastest(form, {name: timed(path) for name, path in usable.items()}, left)](left, right)
+    name, _ = _fastest(form, {name: timed(path) for name, path in usable.items()}, left)
+    return usable[name](left, right)
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
@@ -183,15 +183,16 @@ def _has_integer_product(left: Tensor, right: Tensor) -> bool:
     return left.device.type == "cpu" and bool(vnni())
 
 
-def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> str:
-    """The name of the path that is fastest for inputs like `x`, measured at its first use."""
+def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> tuple[str, bool]:
+    """The name of the path that is fastest for inputs like `x`, and whether it was measured just now."""
     rows = x.numel() // x.shape[-1]
     key = _key(form, rows, x.dtype, x.device)
-    if key not in _chosen:
-        bucket = _bucket(rows)
-        probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
-        _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
-    return _chosen[key]
+    if key in _chosen:
+        return _chosen[key], False
+    bucket = _bucket(rows)
+    probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
+    _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
+    return _chosen[key], True
 
 
 def _form(matrix: PackedMatrix) -> str:

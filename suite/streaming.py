@@ -25,6 +25,22 @@ class _Enough(Exception):
     """What was wanted has been seen; the rest of the forward pass is not needed."""
 
 
+@dataclass(frozen=True)
+class InputStatistics:
+    """What is kept of the inputs x of a linear: Σ x xᵀ (n × n) and the mean of |x| (n)."""
+
+    moment: Tensor
+    size: Tensor
+
+    def to(self, dtype: torch.dtype) -> InputStatistics:
+        """The same in another dtype."""
+        return InputStatistics(self.moment.to(dtype), self.size.to(dtype))
+
+    def divided_by(self, scale: Tensor) -> InputStatistics:
+        """As they are once feature by feature the inputs are divided by `scale` (n)."""
+        return InputStatistics(self.moment / torch.outer(scale, scale), self.size / scale)
+
+
 @dataclass
 class BlockOnStream:
     """One block with the inputs that the blocks before it, as they now are, give it."""
@@ -87,6 +103,21 @@ class BlockOnStream:
 
         self.observe({path: partial(add, path) for path in paths})
         return totals
+
+    def input_statistics(self, paths: Iterable[str]) -> dict[str, InputStatistics]:
+        """Second moments as in `second_moments`, and mean sizes (features, float64), in one pass."""
+        moments: dict[str, Tensor] = {}
+        sizes: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def add(path: str, value: Tensor) -> None:
+            moment, size = second_moment(value), value.double().abs().sum(0)
+            moments[path] = moments[path].add_(moment) if path in moments else moment
+            sizes[path] = sizes[path].add_(size) if path in sizes else size
+            counts[path] = counts.get(path, 0) + len(value)
+
+        self.observe({path: partial(add, path) for path in paths})
+        return {path: InputStatistics(moments[path], sizes[path] / counts[path]) for path in moments}
 
     @torch.no_grad()
     def advance(self) -> None:

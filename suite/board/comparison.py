@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from suite.board.tables import noise_notes, points
+from suite.board.notes import noise_notes, points
 
 Result = Mapping[str, Any]
 """What `suite.compare.compare` returns."""

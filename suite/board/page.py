@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from jinja2 import Environment, PackageLoader
 
 from suite.board.agreement import agreements
+from suite.board.rows import rows
 from suite.board.standings import Standings
-from suite.board.tables import Table, cells, headers, rows, tables
+from suite.board.tables import Table, cells, headers, tables
 from suite.records import Record
 
 

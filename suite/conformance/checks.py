@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from suite.conformance import tiny
 from suite.conformance.cases import SEED, Attempt, Exempt, Planning, Reloaded, Scope, Situation, Twins
 from suite.errors import CellFailed, ImpossibleBudget
-from suite.layers import TiedHead
 from suite.measure.ledger import Entry, total_disk
 from suite.models import load
 from suite.models.anatomy import Anatomy, anatomy_of
+from suite.packed_layers import TiedHead
 from suite.recipe import Recipe
 from suite.run import audit
 from suite.seal import Trespass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from suite.layers import PackedMatrix
+from suite.packed_layers import PackedMatrix
 from suite.sparse_layers import SparseMatrix
 
 

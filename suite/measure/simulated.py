@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite import kernels
-from suite.layers import PackedMatrix
 from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
+from suite.packed_layers import PackedMatrix
 
 
 def simulated_share(

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite.errors import InputError
-from suite.layers import ModuleSpec, PackedLinear
+from suite.layers import ModuleSpec
 from suite.measure.ledger import Entry, ledger, total_disk, total_params
 from suite.models.layouts import Layout, layout_of
+from suite.packed_layers import PackedLinear
 from suite.sparse_layers import SparseLinear
 
 

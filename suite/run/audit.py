@@ -18,10 +18,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from suite import checkpoint, data, kernels
 from suite.errors import CellFailed
 from suite.evaluate import harness
-from suite.layers import PackedMatrix
 from suite.measure.census import hidden_memory, holder
 from suite.measure.ledger import Entry, total_disk, total_params
 from suite.models.anatomy import Anatomy
+from suite.packed_layers import PackedMatrix
 from suite.sparse_layers import SparseMatrix
 from suite.specs import Budget, Protocol
 
@@ -123,7 +123,7 @@ def counted_honestly(model: nn.Module, dense_dtype: torch.dtype) -> None:
     if hidden > _WORD_SHARE * total:
         raise CellFailed(
             f"{worst[1]} stores more than {dense_dtype.itemsize} bytes for every parameter it counts as:"
-            " weights packed into wider words are under-counted; use suite.layers.PackedMatrix"
+            " weights packed into wider words are under-counted; use suite.packed_layers.PackedMatrix"
         )
 
 

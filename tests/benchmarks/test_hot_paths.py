@@ -8,8 +8,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig
 
+from suite.board.rows import rows
 from suite.board.standings import standings
-from suite.board.tables import markdown, rows
+from suite.board.tables import markdown
 from suite.conformance import tiny
 from suite.measure.ledger import ledger
 from suite.models.anatomy import Anatomy, anatomy_of

@@ -11,9 +11,9 @@ from methods.activation_quantization import sites, smooth, smoothing_scale
 from suite.conformance import tiny
 from suite.dynamic_layers import DynamicInt8Linear, OutlierInt8Linear
 from suite.errors import InputError
-from suite.layers import PackedEmbedding, PackedLinear
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import layout_of
+from suite.packed_layers import PackedEmbedding, PackedLinear
 from suite.recipe import Recipe
 from suite.specs import Budget
 from suite.streaming import stream

@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from methods.awq import Inputs, best_scale, clipped_grid, rounding_loss
+from methods.awq import best_scale, clipped_grid, rounding_loss
 from suite.conformance import tiny
 from suite.grids import codes_on, grouped, range_grid, round_to_nearest, values_of
-from suite.layers import PackedLinear
 from suite.models.anatomy import anatomy_of
+from suite.packed_layers import PackedLinear
+from suite.streaming import InputStatistics
 
 
-def layer(seed: int, rows: int = 24, columns: int = 40) -> tuple[Tensor, Inputs]:
+def layer(seed: int, rows: int = 24, columns: int = 40) -> tuple[Tensor, InputStatistics]:
     """A random weight, and inputs of which a few channels are far stronger than the others."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(200, columns, generator=generator)
     inputs[:, :3] *= 20
     weight = torch.randn(rows, columns, generator=generator)
-    return weight, Inputs(inputs.T @ inputs, inputs.abs().mean(0))
+    return weight, InputStatistics(inputs.T @ inputs, inputs.abs().mean(0))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -41,9 +42,9 @@ def test_the_scale_found_is_no_worse_than_none_and_helps_strong_channels(
 
 def test_alike_channels_are_left_alone_or_lose_nothing() -> None:
     weight, inputs = layer(0)
-    even = Inputs(torch.eye(40), torch.ones(40))
+    even = InputStatistics(torch.eye(40), torch.ones(40))
     assert torch.equal(best_scale(weight, even, 4, 20, True), torch.ones(40))
-    assert inputs.scaled(torch.full((40,), 2.0)).size.allclose(inputs.size / 2)
+    assert inputs.divided_by(torch.full((40,), 2.0)).size.allclose(inputs.size / 2)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -12,8 +12,9 @@ from methods import gptq as module
 from methods.gptq import Order, Rounded, gptq
 from suite.conformance import tiny
 from suite.grids import grouped, round_to_nearest, ungrouped, values_of
-from suite.layers import PackedLinear, replace
+from suite.layers import replace
 from suite.models.anatomy import anatomy_of
+from suite.packed_layers import PackedLinear
 from suite.streaming import stream
 
 SEEDS = st.integers(0, 9999)

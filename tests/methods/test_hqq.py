@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from methods.hqq import codes_by, half_quadratic
 from suite.conformance import tiny
 from suite.grids import codes_on, grouped, range_grid, values_of
-from suite.layers import PackedLinear
 from suite.models.anatomy import anatomy_of
+from suite.packed_layers import PackedLinear
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 40), st.integers(1, 48), st.integers(0, 999))

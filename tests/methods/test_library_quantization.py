@@ -14,9 +14,9 @@ from suite.conformance import tiny
 from suite.dynamic_layers import OutlierInt8Linear
 from suite.errors import InputError, MissingExtra
 from suite.kernels import signed_codes
-from suite.layers import PackedLinear
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import layout_of
+from suite.packed_layers import PackedLinear
 from suite.recipe import Recipe
 from suite.specs import Budget
 

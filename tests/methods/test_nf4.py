@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from suite.conformance import tiny
-from suite.layers import PackedEmbedding, PackedLinear
 from suite.models.anatomy import anatomy_of
+from suite.packed_layers import PackedEmbedding, PackedLinear
 
 
 def packed_of(linear: nn.Linear, group: int = 64) -> PackedLinear:

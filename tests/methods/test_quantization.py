@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from methods.quantization import steps
 from suite.conformance import tiny
 from suite.errors import InputError
-from suite.layers import ModuleSpec, PackedEmbedding, PackedLinear, TiedHead
+from suite.layers import ModuleSpec
 from suite.measure.ledger import ledger, total_disk
 from suite.method import Plan
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import LLAMA_LIKE, layout_of
+from suite.packed_layers import PackedEmbedding, PackedLinear, TiedHead
 from suite.packing import unpack
 from suite.recipe import Recipe
 from suite.specs import Budget

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 from methods import quantization_aware
 from methods.quantization_aware import DynamicScaling
 from suite.conformance import tiny
-from suite.layers import PackedLinear
 from suite.measure.ledger import ledger, total_disk
 from suite.models.anatomy import anatomy_of
+from suite.packed_layers import PackedLinear
 from suite.recipe import Recipe
 from suite.specs import Budget
 

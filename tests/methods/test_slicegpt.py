@@ -22,11 +22,11 @@ from methods.slicegpt import SliceGpt, SliceGptConfig, principal_components
 from suite.calibration import Calibration
 from suite.conformance import tiny
 from suite.errors import ImpossibleBudget, InputError
-from suite.layers import TiedHead
 from suite.method import Plan
 from suite.models.anatomy import Anatomy, anatomy_of
 from suite.models.layouts import layout_of
 from suite.models.sliced import SlicedBlock, SlicedLayout, UnscaledNorm, sliced_modules
+from suite.packed_layers import TiedHead
 from suite.recipe import Recipe
 from suite.specs import Budget
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from suite import checkpoint
 from suite.conformance import tiny
 from suite.errors import InputError
-from suite.layers import ModuleSpec, PackedLinear, TiedHead
+from suite.layers import ModuleSpec
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import layout_of
+from suite.packed_layers import PackedLinear, TiedHead
 
 CASES = [
     ("svd", "params=0.8"),

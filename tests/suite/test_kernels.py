@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from suite import kernels
 from suite.conformance import tiny
-from suite.layers import PackedEmbedding, PackedLinear
+from suite.packed_layers import PackedEmbedding, PackedLinear
 from suite.packing import tile_width
 from suite.run import audit
 from suite.run.environment import conditions

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from suite import checkpoint
 from suite.conformance import tiny
-from suite.layers import PackedLinear
 from suite.measure.ledger import ledger, tensor_bytes, total_disk, total_params
+from suite.packed_layers import PackedLinear
 
 RECIPES = [
     "dense",

@@ -26,12 +26,12 @@ def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
 def test_every_linear_of_a_class_marked_simulated_counts(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("suite.layers.PackedLinear.simulated", True)
+    monkeypatch.setattr("suite.packed_layers.PackedLinear.simulated", True)
     model = tiny.build(family)
     tiny.compress(model, "svd(share=0.5)+rtn-int4(embedding=8)")
     biases = 1 - share(model)
     assert 0 <= biases < 0.05
-    monkeypatch.setattr("suite.layers.PackedLinear.simulated", False)
+    monkeypatch.setattr("suite.packed_layers.PackedLinear.simulated", False)
     assert share(model) == 0
 
 

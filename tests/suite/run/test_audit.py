@@ -19,11 +19,11 @@ from suite.calibration import draw
 from suite.conformance import tiny
 from suite.errors import CellFailed
 from suite.evaluate import harness
-from suite.layers import PackedLinear
 from suite.measure.census import hidden_memory, holder
 from suite.measure.ledger import ledger
 from suite.models import load
 from suite.models.anatomy import anatomy_of, drop_blocks
+from suite.packed_layers import PackedLinear
 from suite.run import audit
 from suite.run.runner import Grid, Options
 from suite.seal import Trespass, sealed

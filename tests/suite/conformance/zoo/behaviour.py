@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from suite import data
 from suite.errors import ImpossibleBudget
 from suite.evaluate import harness
-from suite.layers import LowRankLinear, ModuleSpec, PackedEmbedding, module_type, replace
+from suite.layers import LowRankLinear, ModuleSpec, module_type, replace
 from suite.linalg import truncated_svd
 from suite.method import Method, MethodConfig, Plan, largest_fitting, largest_share, register
 from suite.models.anatomy import drop_blocks
+from suite.packed_layers import PackedEmbedding
 
 
 class DropLast(Method):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from suite.layers import ModuleSpec, PackedLinear, module_type, replace
+from suite.layers import ModuleSpec, module_type, replace
 from suite.method import Method, MethodConfig, Plan, largest_fitting, register
+from suite.packed_layers import PackedLinear
 from suite.sparse_layers import SparseLinear
 
 _DENSE: dict[int, Tensor] = {}

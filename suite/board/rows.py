@@ -1,0 +1,179 @@
+"""Flat rows of the board, one for each record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from suite.board.notes import Row
+from suite.board.standings import Standing, Standings, conditions, contest, setting
+from suite.records import Measurements, Record
+
+_Z95 = 1.959963984540054
+
+
+def rows(records: Sequence[Record], standings: Standings | None = None) -> list[Row]:
+    """One flat row per record, in the order of the board: dense first, then by budget and quality.
+
+    Quality is accuracy, or perplexity where the protocol has no tasks.
+
+    Without `standings`, which need the items, rows have no rank and no difference to dense.
+    """
+    dense = {
+        (conditions(record), _device(record)): record.measurements
+        for record in records
+        if record.spec.recipe == "dense" and record.measurements
+    }
+    standings = standings or {}
+    result = [
+        _row(
+            record,
+            dense.get((conditions(record), _device(record))),
+            standings.get(record.id, Standing()),
+        )
+        for record in records
+    ]
+    return sorted(result, key=_order)
+
+
+def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
+    """`dense` was measured on the same kind of machine, so that speeds can be compared."""
+    spec, m, budget = record.spec, record.measurements, record.spec.budget
+    sizes = m.sizes if m else None
+    accuracy, interval = _mean_accuracy(m)
+    achieved = target = None
+    if budget.metric != "none":
+        base = record.dense.params if budget.metric == "params" else record.dense.bytes_disk
+        target = budget.value
+        count = (sizes.params if budget.metric == "params" else sizes.bytes_disk) if sizes else None
+        if count is not None:
+            achieved = count / base if budget.value <= 1 else float(count)
+    simulated = m.simulated_share if m else None
+    simulated_decode = m.simulated_decode_share if m else None
+    row: Row = {
+        "model": spec.model,
+        "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
+        "recipe": spec.recipe,
+        "budget_metric": budget.metric,
+        "budget_target": target,
+        "budget_achieved": achieved,
+        "params": sizes.params if sizes else None,
+        "params_ratio": sizes.params / record.dense.params if sizes else None,
+        "decoder_ratio": sizes.decoder_params / record.dense.decoder_params if sizes else None,
+        "bytes_disk": sizes.bytes_disk if sizes else None,
+        "bytes_resident": sizes.bytes_resident if sizes else None,
+        "bytes_nominal": sizes.bytes_nominal if sizes else None,
+        "peak_memory_bytes": m.memory.inference if m else None,
+        "prefill_tokens_per_s": m.prefill.tokens_per_s if m else None,
+        "decode_tokens_per_s": m.decode.tokens_per_s if m else None,
+        "train_tokens_per_s": m.training.tokens_per_s if m else None,
+        "perplexity": m.perplexity.perplexity if m else None,
+        "accuracy": accuracy,
+        "accuracy_ci": interval,
+        "tasks": {t.task: t.model_dump(exclude={"task"}) for t in m.tasks} if m else None,
+        "compress_seconds": record.compression.seconds if record.compression else None,
+        "status": record.status,
+        "reason": f"{record.failure.stage}: {record.failure.reason}" if record.failure else None,
+        "record": record.id,
+        "checkpoint": record.checkpoint,
+        # Beyond the required keys:
+        "budget": str(budget),
+        "unused": 1 - achieved / target if achieved is not None and target else None,
+        "bytes_ratio": sizes.bytes_disk / record.dense.bytes_disk if sizes else None,
+        "prefill_ratio": None if simulated else _ratio(m, dense, "prefill"),
+        "decode_ratio": None
+        if (simulated if simulated_decode is None else simulated_decode)
+        else _ratio(m, dense, "decode"),
+        "train_ratio": None if simulated else _ratio(m, dense, "training"),
+        "load_memory_bytes": m.memory.load if m else None,
+        "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
+        "knobs": record.knobs,
+        "protocol": _protocol_label(record),
+        "seed": spec.seed,
+        "device": _device(record),
+        "note": record.model_note,
+        "rank": standing.rank,
+        "accuracy_difference": standing.difference,
+        "accuracy_difference_ci": _around(standing.difference, standing.half_width),
+        "standing_note": standing.note,
+        "noise": [noise.model_dump() for noise in record.noise] if record.noise else None,
+        "conditions": conditions(record),
+        "contest": contest(record),
+        "healing_tokens": spec.healing.tokens if spec.healing else 0,
+    }
+    # What older records do not know is left out, so that boards made of them stay as they were.
+    if record.family is not None:
+        row |= {"family": record.family, "setting": setting(record)}
+    if record.searched is not None:
+        row["searched"] = record.searched
+    if (together := record.conditions.get("concurrent_cells", 1)) > 1:
+        row["concurrent_cells"] = together
+    if simulated is not None:
+        row["simulated_share"] = simulated
+        if simulated_decode is not None:
+            row["simulated_decode_share"] = simulated_decode
+        row["slower_than_dense"] = [
+            name for name in ("prefill", "decode") if _hundredths(_ratio(m, dense, name)) < 100
+        ]
+    return row
+
+
+def _device(record: Record) -> str:
+    """What speeds were measured on; cells that ran at the same time took it from one another."""
+    device = record.conditions.get("device") or record.spec.device
+    together = record.conditions.get("concurrent_cells", 1)
+    return f"{device}, {together} cells at the same time" if together > 1 else device
+
+
+def _hundredths(ratio: float | None) -> int:
+    """A ratio as precisely as the board shows it; no ratio is no loss."""
+    return 100 if ratio is None else round(100 * ratio)
+
+
+def _mean_accuracy(m: Measurements | None) -> tuple[float | None, tuple[float, float] | None]:
+    """Mean over tasks with its normal 95 % interval; the tasks' errors are independent."""
+    if m is None or not m.tasks:
+        return None, None
+    mean = sum(task.value for task in m.tasks) / len(m.tasks)
+    half = _Z95 * math.sqrt(sum(task.standard_error**2 for task in m.tasks)) / len(m.tasks)
+    return mean, (mean - half, mean + half)
+
+
+def _around(middle: float | None, half: float | None) -> tuple[float, float] | None:
+    return None if middle is None or half is None else (middle - half, middle + half)
+
+
+def _ratio(m: Measurements | None, dense: Measurements | None, name: str) -> float | None:
+    if m is None or dense is None:
+        return None
+    return float(getattr(m, name).tokens_per_s / getattr(dense, name).tokens_per_s)
+
+
+def _protocol_label(record: Record) -> str:
+    spec = record.spec
+    label = spec.protocol.name
+    if spec.limit is not None:
+        label += f" (partial: first {spec.limit} items a task)"
+    if spec.calibration != spec.protocol.calibration:
+        label += f" (calibration {spec.calibration})"
+    return label
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    metric = {"none": 0, "params": 1, "bytes": 2}[row["budget_metric"]]
+    status = {"ok": 0, "failed": 1, "not_applicable": 2}[row["status"]]
+    return (
+        row["model"],
+        row["protocol"],
+        row["conditions"],
+        row["recipe"] != "dense",
+        metric,
+        -(row["budget_target"] or 0),
+        row["healing_tokens"],
+        status,
+        -(row["accuracy"] or 0),
+        math.inf if row["accuracy"] is not None or row["perplexity"] is None else row["perplexity"],
+        row["recipe"],
+        row["seed"],
+    )

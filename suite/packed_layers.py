@@ -1,0 +1,275 @@
+"""Layers whose weights are packed integers: a linear, an embedding, and the head that is tied to one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from suite import kernels
+from suite.errors import InputError
+from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
+from suite.layers import default_dtype, module_type
+from suite.packing import (
+    pack,
+    rows_of_tiles,
+    tile,
+    tile_width,
+    unpack,
+    unpack_as,
+    unpack_tiles_as,
+    untile,
+)
+
+
+class PackedMatrix(nn.Module):
+    """A (rows × columns) matrix as packed integers with one scale (and zero point) per group.
+
+    A group is `group` consecutive columns of one row; the last group of a row may be shorter.
+    Value = scale · (code − zero); symmetric grids have the fixed zero `2^(bits−1)`, others a packed
+    one of `bits` bits, or, on the grid "float-zero", a float16 one. On the grid "normal-float" (4
+    bits, symmetric) the code picks one of the 16 NF4 values, which the scale multiplies.
+    Scales are float16: bfloat16 would cost precision, float32 twice the bytes.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    tiled = False
+    """Whether the bytes of `packed` lie in tiles for torch's 4-bit CPU kernel, as they never do in a file."""
+
+    def __init__(
+        self, rows: int, columns: int, bits: int, group: int, symmetric: bool, grid: Grid = "uniform"
+    ):
+        super().__init__()
+        if bits not in (2, 3, 4, 8):
+            raise InputError(f"{bits} bits cannot be packed; use 2, 3, 4 or 8.")
+        if grid not in get_args(Grid):
+            raise InputError(f"there is no grid '{grid}'; use {', '.join(get_args(Grid))}.")
+        if grid == "normal-float" and not (bits == 4 and symmetric):
+            raise InputError("the grid 'normal-float' is symmetric and has 4 bits.")
+        if grid == "float-zero" and symmetric:
+            raise InputError("the grid 'float-zero' has zeros of its own: it cannot be symmetric.")
+        self.rows, self.columns, self.bits = rows, columns, bits
+        self.group, self.symmetric, self.grid = min(group, columns), symmetric, grid
+        groups = math.ceil(columns / self.group)
+        width = math.ceil(columns * bits / 8)
+        self.register_buffer("packed", torch.zeros(rows, width, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros(rows, groups, dtype=torch.float16))
+        if grid == "float-zero":
+            self.register_buffer("zeros", torch.zeros(rows, groups, dtype=torch.float16))
+        elif not symmetric:
+            zero_width = math.ceil(groups * bits / 8)
+            self.register_buffer("zeros", torch.zeros(rows, zero_width, dtype=torch.uint8))
+
+    @property
+    def logical_parameters(self) -> int:
+        """Weights represented, whatever their width: packing leaves the parameter count alone."""
+        return self.rows * self.columns
+
+    def _grid_argument(self) -> dict[str, Any]:
+        # Left out where it is the default, so that specs from before there were others stay equal.
+        return {} if self.grid == "uniform" else {"grid": self.grid}
+
+    @torch.no_grad()
+    def quantize_(self, weight: Tensor) -> None:
+        """Round `weight` (rows × columns) to the nearest grid point (RTN) and store it."""
+        if self.grid == "normal-float":
+            self.store_(*to_normal_float(weight, self.group))
+        else:
+            self.store_(*round_to_nearest(weight, self.bits, self.group, self.symmetric))
+
+    @torch.no_grad()
+    def store_(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """Store whole-numbered codes (rows × columns), scales and zeros (rows × groups) as they are."""
+        self.tiled = False
+        self.packed.copy_(pack(codes.to(torch.uint8), self.bits))
+        self.scales.copy_(scales)
+        if self.grid == "float-zero":
+            self.zeros.copy_(cast(Tensor, zeros))
+        elif not self.symmetric:
+            self.zeros.copy_(pack(cast(Tensor, zeros).to(torch.uint8), self.bits))
+
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """The matrix (or the chosen rows of it) in `dtype`."""
+        scales = self.scales if rows is None else self.scales[rows]
+        if self.tiled and rows is None:
+            values = unpack_tiles_as(self.packed, self._levels(), dtype)
+        else:
+            packed = self.packed
+            if rows is not None:
+                packed = rows_of_tiles(packed, rows) if self.tiled else packed[rows]
+            values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
+        groups = scales.shape[1]
+        # Ragged last group: compute on a padded copy, cut afterwards.
+        padding = groups * self.group - self.columns
+        values = functional.pad(values, (0, padding)) if padding else values
+        values = values.reshape(-1, groups, self.group)
+        if not self.symmetric:
+            zeros = self.zeros if rows is None else self.zeros[rows]
+            if self.grid != "float-zero":
+                zeros = unpack(zeros, self.bits, groups)
+            values = values - zeros.to(dtype).unsqueeze(-1)
+        return self._ungrouped(values * scales.to(dtype).unsqueeze(-1))
+
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether torch's 4-bit CPU kernel has tiles for this matrix: whole ones, of even steps."""
+        if self.bits != 4 or self.grid == "normal-float" or self.group not in (32, 64, 128, 256):
+            return False
+        whole = self.columns % self.group == 0 and self.rows % 64 == 0
+        return whole and self.packed.device.type == "cpu" and tile_width() > 0
+
+    def lay_out_(self, tiled: bool) -> None:
+        """Move the bytes of `packed` into tiles for torch's 4-bit CPU kernel, or back."""
+        if tiled != self.tiled:
+            self.packed.copy_(tile(self.packed, self.columns) if tiled else untile(self.packed))
+            self.tiled = tiled
+
+    def scales_and_offsets(self, dtype: torch.dtype) -> Tensor:
+        """What torch's 4-bit kernel reads: scale and offset, value = scale · (code − 8) + offset.
+
+        Groups × rows × 2.
+        """
+        found = torch.zeros(self.scales.shape[1], self.rows, 2, dtype=dtype, device=self.scales.device)
+        found[..., 0] = self.scales.T
+        if not self.symmetric:
+            zeros = self.zeros
+            if self.grid != "float-zero":
+                zeros = unpack(zeros, self.bits, self.scales.shape[1])
+            found[..., 1] = (self.scales.float() * (8 - zeros.float())).T
+        return found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled:
+            destination[f"{prefix}packed"] = untile(self.packed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.lay_out_(tiled=False)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.lay_out_(tiled=False)  # elsewhere there are other tiles, or none
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _levels(self) -> tuple[float, ...]:
+        """What each code stands for, before scale and stored zero."""
+        if self.grid == "normal-float":
+            return NORMAL_FLOAT
+        fixed_zero = 1 << (self.bits - 1) if self.symmetric else 0
+        return tuple(float(code - fixed_zero) for code in range(1 << self.bits))
+
+    def _ungrouped(self, values: Tensor) -> Tensor:
+        return values.reshape(len(values), -1)[:, : self.columns]
+
+
+@module_type("packed_linear")
+class PackedLinear(PackedMatrix):
+    """A linear layer with packed weights, dequantized for the length of each call or read as they are."""
+
+    simulated: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        symmetric: bool = True,
+        bias: bool = False,
+        grid: Grid = "uniform",
+    ):
+        super().__init__(out_features, in_features, bits, group, symmetric, grid)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int, group: int, symmetric: bool) -> PackedLinear:
+        """Round the weights of `linear`; its bias is kept as it is."""
+        with torch.device(linear.weight.device), default_dtype(linear.weight.dtype):
+            module = cls(
+                linear.in_features, linear.out_features, bits, group, symmetric, linear.bias is not None
+            )
+        module.quantize_(linear.weight)
+        module.bias = linear.bias
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            "bias": self.bias is not None,
+            **self._grid_argument(),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self, self.bias)
+
+
+@module_type("packed_embedding")
+class PackedEmbedding(PackedMatrix):
+    """An embedding table with packed rows; only the rows looked up are dequantized."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int,
+        symmetric: bool = True,
+        grid: Grid = "uniform",
+    ):
+        super().__init__(num_embeddings, embedding_dim, bits, group, symmetric, grid)
+        self.output_dtype = torch.get_default_dtype()
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, bits: int, group: int, symmetric: bool
+    ) -> PackedEmbedding:
+        """Round the rows of `embedding`."""
+        with torch.device(embedding.weight.device), default_dtype(embedding.weight.dtype):
+            module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group, symmetric)
+        module.quantize_(embedding.weight)
+        return module
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "num_embeddings": self.rows,
+            "embedding_dim": self.columns,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            **self._grid_argument(),
+        }
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.dequantize(self.output_dtype, ids.reshape(-1))
+        return rows.reshape(*ids.shape, self.columns)
+
+
+@module_type("tied_head")
+class TiedHead(nn.Module):
+    """An output head that reads the packed embedding's table: no tensors of its own."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source = source
+        self._table: list[PackedMatrix] = []  # a list hides the module from state_dict()
+
+    def bind(self, model: nn.Module) -> None:
+        """Point at the embedding; called once all modules are in place."""
+        self._table = [cast(PackedMatrix, model.get_submodule(self.source))]
+
+    def arguments(self) -> dict[str, Any]:
+        return {"source": self.source}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self._table[0])
