@@ -20,7 +20,8 @@ Grid = Literal["uniform", "float-zero", "normal-float"]
 
 SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 """Shares of the full range that a search tries."""
-_SMALLEST = torch.finfo(torch.float16).smallest_normal
+SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
+"""Scales are stored as float16; smaller ones would become zero."""
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
@@ -43,10 +44,10 @@ def range_grid(blocks: Tensor, bits: int, symmetric: bool, share: float = 1.0) -
     """
     top, half = (1 << bits) - 1, 1 << (bits - 1)
     if symmetric:
-        scales = (share * blocks.abs().amax(-1) / (half - 1)).clamp(min=_SMALLEST).half()
+        scales = (share * blocks.abs().amax(-1) / (half - 1)).clamp(min=SMALLEST_SCALE).half()
         return scales, torch.full_like(scales, half, dtype=torch.float32)
     low, high = share * blocks.amin(-1).clamp(max=0), share * blocks.amax(-1).clamp(min=0)
-    scales = ((high - low) / top).clamp(min=_SMALLEST).half()
+    scales = ((high - low) / top).clamp(min=SMALLEST_SCALE).half()
     return scales, (-low / scales.float()).round().clamp(0, top)
 
 
@@ -99,7 +100,7 @@ def _candidates(
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
     sign = torch.where(largest > 0, -1.0, 1.0)
     for share in shares:
-        scales = (sign * (share * largest.abs() / half).clamp(min=_SMALLEST)).half()
+        scales = (sign * (share * largest.abs() / half).clamp(min=SMALLEST_SCALE)).half()
         yield scales, torch.full_like(scales, half, dtype=torch.float32)
 
 
@@ -134,7 +135,7 @@ Seven below zero and eight above, equal steps of probability on each side (Dettm
 def to_normal_float(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8, rows × columns) of the nearest NF4 values and float16 scales max|w| (rows × groups)."""
     blocks = grouped(weight, group)
-    scales = blocks.abs().amax(-1).clamp(min=_SMALLEST).half()
+    scales = blocks.abs().amax(-1).clamp(min=SMALLEST_SCALE).half()
     levels = torch.tensor(NORMAL_FLOAT, device=weight.device)
     middles = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(blocks / scales.float().unsqueeze(-1), middles)

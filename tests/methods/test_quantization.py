@@ -68,7 +68,12 @@ def test_a_whole_grid_reaches_its_last_negative_point_and_a_searched_one_errs_le
         if scale == "whole":
             largest = weight.reshape(len(weight), -1, 8).abs().amax(-1)
             assert torch.allclose(packed.scales.float(), largest / (2 ** (bits - 1) - 0.5), rtol=1e-3)
-            assert int(unpack(packed.packed, bits, packed.columns).min()) == 0
+            codes = unpack(packed.packed, bits, packed.columns).float() - 2 ** (bits - 1)
+            assert int(codes.min()) == -(2 ** (bits - 1))
+            # compressed-tensors divides by the float32 scale, and so decides where the largest weights go.
+            steps = weight.reshape(len(weight), -1, 8) / (largest / (2 ** (bits - 1) - 0.5)).unsqueeze(-1)
+            theirs = steps.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            assert torch.equal(codes, theirs.flatten(1))
     assert (errors["searched"] <= errors["largest"] * (1 + 1e-6)).all()
     assert errors["searched"].sum() < errors["whole"].sum()
 
