@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
-from suite.grids import SMALLEST_SCALE, codes_on, grouped, range_grid, searched_grid, ungrouped
+from suite.grids import SMALLEST_SCALE, codes_on, grouped, searched_grid, ungrouped
 from suite.layers import LowRankLinear, ModuleSpec, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy
@@ -200,10 +200,10 @@ class RoundToNearest(Quantizer[UniformConfig]):
         blocks, bits = grouped(weight.detach(), matrix.group), matrix.bits
         if scale == "whole":
             half = 1 << (bits - 1)
-            _, zeros = range_grid(blocks, bits, True)
             # The largest weight is half-way between two points: rounded against float32 scales, as in
             # compressed-tensors, its code is the same there and here.
             scales = (blocks.abs().amax(-1) / (half - 0.5)).clamp(min=SMALLEST_SCALE)
+            zeros = torch.full_like(scales, half)
         else:
             scales, zeros = searched_grid(blocks, bits, matrix.symmetric, lambda e: e.square().sum(-1))
         codes = codes_on(blocks, scales, zeros, bits)
