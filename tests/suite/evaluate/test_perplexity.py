@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
 
 from suite import data
 from suite.calibration import tokens_digest
@@ -48,6 +50,20 @@ def test_perplexity_equals_the_definition(model: PreTrainedModel, tokenizer: Pre
     assert got.tokens == 4 * 15
     assert got.nll_per_token == pytest.approx(sum(expected) / 60, rel=1e-5)
     assert got.perplexity == pytest.approx(math.exp(sum(expected) / 60), rel=1e-5)
+
+
+def test_a_large_vocabulary_costs_no_accuracy() -> None:
+    class Logits(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+            generator = torch.Generator().manual_seed(0)
+            return CausalLMOutput(logits=torch.randn(*ids.shape, 49152, generator=generator) * 3)
+
+    model, ids = Logits(), torch.arange(128).reshape(2, 64)
+    exact = model(ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    expected = -exact.gather(-1, ids[:, 1:, None]).sum((1, 2))
+    assert torch.allclose(window_nlls(cast(PreTrainedModel, model), ids), expected, rtol=1e-6)
 
 
 def test_with_a_bos_every_token_of_the_text_is_scored(
