@@ -101,7 +101,7 @@ def scale_output(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor
 def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For 8 bits with one scale per row, torch's own kernel: it widens the weights as it goes."""
     scales = matrix.scales.squeeze(-1).to(x.dtype)
-    product = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), signed_codes(matrix), scales)
+    product = torch._weight_int8pack_mm(_rows(x), signed_codes(matrix), scales)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 
@@ -109,9 +109,14 @@ def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For 4 bits on the CPU, torch's own kernel; the matrix's bytes are moved into its tiles for good."""
     matrix.lay_out_(tiled=True)
     product = torch._weight_int4pack_mm_for_cpu(
-        x.reshape(-1, x.shape[-1]), matrix.packed, matrix.group, matrix.scales_and_offsets(x.dtype)
+        _rows(x), matrix.packed, matrix.group, matrix.scales_and_offsets(x.dtype)
     )
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as one matrix of whole rows: torch's kernels refuse others, as of a batch's last positions."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def signed_codes(matrix: PackedMatrix) -> Tensor:

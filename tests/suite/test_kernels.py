@@ -131,6 +131,16 @@ def test_torch_has_a_kernel_for_four_bits_in_whole_tiles(
 
 
 @needs_tiles
+@pytest.mark.parametrize(("bits", "group"), [(8, 576), (4, 64), (3, 64)])
+def test_the_last_positions_of_a_batch_lie_apart_and_are_multiplied_all_the_same(
+    bits: int, group: int
+) -> None:
+    matrix = packed(192, 576, bits, group, True, torch.bfloat16)
+    last = activations(5, 576, torch.bfloat16)[:, -1:]
+    assert not last.reshape(-1, 576).is_contiguous()
+    assert_every_path_agrees(matrix, last, 2e-2)
+
+
 def test_float_zeros_are_offsets_of_the_four_bit_kernel() -> None:
     with torch.no_grad():
         matrix = PackedLinear(64, 64, 4, 32, symmetric=False, grid="float-zero")
