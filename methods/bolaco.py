@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from methods.reduced_order import Inputs, factors_of, low_rank_plan, within_shar
 from suite.allocation import Setting, even_for, low_rank_settings, rank_of
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end
-from suite.errors import InputError, MissingExtra
+from suite.errors import InputError, require
 from suite.layers import replace
 from suite.linalg import Projection, principal_outputs
 from suite.method import Method, MethodConfig, Plan, Target, register
@@ -60,12 +59,13 @@ class Bolaco(Method[BolacoConfig]):
     family = "low-rank"
     source = "Ji et al., Feature-based Low-Rank Compression with Bayesian Optimization (arXiv 2405.10616)"
     needs = frozenset({"calibration"})
+    library: ClassVar[str] = "optuna"
     adaptive = True
     Config = BolacoConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        if self.config.trials and find_spec("optuna") is None:
-            raise MissingExtra("bolaco's search", "search")
+        if self.config.trials:
+            require(self.library, "bolaco's search")
         offers = _offers([x for x in anatomy.dense_linears(self.name) if x.role not in LEFT_DENSE])
         chosen = even_for(offers, self.config.share, anatomy, target, "value projections stay dense")
         return self._plan(anatomy.linears, offers, chosen).model_copy(update={"notes": {"seed": seed}})
@@ -125,8 +125,8 @@ class Bolaco(Method[BolacoConfig]):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                kind = optuna.samplers.GPSampler if find_spec("scipy") else optuna.samplers.TPESampler
-                study = optuna.create_study(sampler=kind(seed=plan.notes["seed"]))
+                sampler = optuna.samplers.GPSampler(seed=plan.notes["seed"])
+                study = optuna.create_study(sampler=sampler)
                 study.enqueue_trial(dict.fromkeys(roles.values(), 1.0))
                 study.optimize(objective, n_trials=self.config.trials)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from methods.sparse_tuning import add_scales, merge_scales
 from suite.calibration import Calibration
-from suite.errors import InputError, MissingExtra
+from suite.errors import InputError, require
 from suite.healing import Schedule, train
 from suite.losses import Objective
 from suite.method import Method, MethodConfig, Plan, Target, register
@@ -79,7 +79,7 @@ class Heal(Method[HealConfig]):
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
         linears = anatomy.dense_linears(self.name, or_sparse=True)
         if self.config.mode == "lora":
-            _peft()
+            require("peft", "heal(mode=lora)")
         if self.config.mode == "spp" and not any(line.sparse for line in linears):
             raise InputError(
                 "heal(mode=spp) scales the kept weights of sparse linears, and there are none. Put it after"
@@ -111,9 +111,10 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> list[nn.Par
     That is the adapters' parameters, and those of modules that took a linear's place and hold no linear.
 
     Raises:
-        InputError: peft is missing, or nothing in the blocks can be adapted.
+        InputError: nothing in the blocks can be adapted.
     """
-    peft = _peft()
+    import peft
+
     layout = layout_of(model.config)
     blocks = model.get_submodule(layout.blocks)
     linears = [
@@ -141,11 +142,3 @@ def merge_adapters(model: PreTrainedModel) -> None:
         del model.peft_config
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtra("heal(mode=lora)", "lora") from None
-    return peft

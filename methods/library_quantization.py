@@ -6,7 +6,6 @@ are counted and speeds measured as for every other method. Scales are stored as 
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from methods.activation_quantization import ChannelConfig
 from methods.quantization import RtnConfig, RtnInt8
 from suite.calibration import Calibration
-from suite.errors import InputError, MissingExtra
+from suite.errors import InputError, require
 from suite.layers import replace
 from suite.method import Plan, Target, register
 from suite.models.anatomy import Anatomy
@@ -28,12 +27,11 @@ from suite.packed_layers import PackedLinear
 class LibraryInt8(RtnInt8):
     """8 bits per output channel, rounded by a library; embedding and head by the suite."""
 
-    Config: ClassVar[type[RtnConfig]] = ChannelConfig
     library: ClassVar[str]
+    Config: ClassVar[type[RtnConfig]] = ChannelConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        if importlib.util.find_spec(self.library) is None:
-            raise MissingExtra(self.name, self.library)
+        require(self.library, self.name)
         return super().plan(anatomy, target, seed)
 
     def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:

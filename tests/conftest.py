@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def llama() -> PreTrainedModel:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, plus BOS and EOS."""
     return tiny.byte_tokenizer()
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make an optional package look as if it were not installed."""
+    found = importlib.util.find_spec
+
+    def hide(package: str) -> None:
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+        )
+
+    return hide
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from suite.cli.common import (
     guarded,
     output_console,
 )
-from suite.errors import InputError, nearest
+from suite.errors import InputError, nearest, require
 
 if TYPE_CHECKING:
     from suite.sensitivity.measure import Profiler
@@ -75,7 +75,7 @@ def profile(
     from suite.sensitivity import measure, report
     from suite.sensitivity.allocate import allocate as allocated
     from suite.sensitivity.allocate import check_allocatable
-    from suite.sensitivity.plots import check_plots, draw
+    from suite.sensitivity.plots import draw
     from suite.sensitivity.profile import ProfileSpec, parts_of
     from suite.specs import Budget, CalibrationSpec, Protocol
 
@@ -96,7 +96,7 @@ def profile(
         check_tasks(settings)
     check_device(device)
     if plots:
-        check_plots()
+        require("matplotlib", "the heat map")
     source = load.resolve(model)
     anatomy = load.load_anatomy(source)
     parts = parts_of(anatomy, by, _numbers(blocks))  # type: ignore[arg-type]

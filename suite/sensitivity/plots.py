@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from suite.errors import InputError, MissingExtra
+from suite.errors import InputError
 from suite.sensitivity.profile import Part, Profile
 from suite.sensitivity.report import over_depth
 
@@ -21,16 +20,6 @@ _TITLE_WIDTH = 85
 _LINES = ("-", "--", "-.", ":")
 _MARKS = "osD^v"
 _INCREASE = "increase of log-perplexity (nats per token)"
-
-
-def check_plots() -> None:
-    """Refuse before anything is measured.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("the heat map", "plots")
 
 
 def draw(profile: Profile, parts: Sequence[Part], strengths: Sequence[float], path: Path) -> list[Path]:

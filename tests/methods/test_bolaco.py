@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,8 +170,8 @@ def test_the_seed_decides_the_trials() -> None:
     assert ratios[0]["held_out_loss"] != ratios[2]["held_out_loss"]
 
 
-def test_a_missing_extra_is_named_in_planning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("methods.bolaco.find_spec", lambda name: None)
+def test_a_missing_extra_is_named_in_planning(without: Callable[[str], None]) -> None:
+    without("optuna")
     anatomy = tiny.anatomy("llama")
     with pytest.raises(MissingExtra, match=r"weighin\[search\]"):
         Recipe.parse("bolaco").plan(anatomy, Budget.parse("params=0.8"))

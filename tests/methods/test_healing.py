@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,14 +115,7 @@ def test_a_quantizer_comes_after_healing() -> None:
         Recipe.parse("rtn-int8+heal").plan(tiny.anatomy("llama"), Budget.parse("none"))
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_peft(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "peft":
-            raise ImportError
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_peft)
+def test_a_missing_extra_is_named(without: Callable[[str], None]) -> None:
+    without("peft")
     with pytest.raises(InputError, match=r"pip install 'weighin\[lora\]'"):
         Recipe.parse("heal(mode=lora)").plan(tiny.anatomy("llama"), Budget.parse("none"))

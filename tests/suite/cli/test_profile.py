@@ -125,9 +125,9 @@ def test_a_point_that_breaks_is_named_and_the_exit_code_says_so(
 
 
 def test_missing_matplotlib_is_said_before_anything_is_measured(
-    profile: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    profile: Callable[..., Result], without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr("suite.sensitivity.plots.importlib.util.find_spec", lambda name: None)
+    without("matplotlib")
     result = profile("--method", "svd", "--strength", "0.5")
     assert result.exit_code == 2
     assert "pip install 'weighin[plots]'" in " ".join(result.stderr.split())

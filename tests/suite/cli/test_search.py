@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,9 @@ def test_a_wrong_input_is_told_in_one_line(
 
 
 def test_a_missing_optuna_names_the_install_command(
-    search: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    search: Callable[..., Result], without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
+    without("optuna")
     result = search("--budget", "bytes=0.5")
     assert result.exit_code == 2
     assert "pip install 'weighin[search]'" in " ".join(result.stderr.split())

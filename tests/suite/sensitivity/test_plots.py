@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from suite.conformance import tiny
-from suite.errors import MissingExtra
 from suite.models.anatomy import anatomy_of
 from suite.sensitivity import plots
 from tests.suite.sensitivity import examples
@@ -49,9 +48,3 @@ def test_the_colours_grow_darker_all_the_way() -> None:
     colours = matplotlib.colormaps[plots._COLOURS](np.linspace(0, 1, 64))[:, :3]
     grey = colours @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(grey) < 0).all()
-
-
-def test_without_matplotlib_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("suite.sensitivity.plots.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'weighin\[plots\]'"):
-        plots.check_plots()
