@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from methods.distillation import WIDENING, narrowed
@@ -20,6 +21,7 @@ from suite.errors import InputError
 from suite.layers import ModuleSpec, replace
 from suite.method import Method, MethodConfig, Plan, Target, largest_fitting, register
 from suite.models.anatomy import Anatomy, LinearShape, anatomy_of
+from suite.streaming import leave
 
 GROUPS = 8
 """Groups of structures that a part is masked in, one at a time, for its pruning errors."""
@@ -30,13 +32,13 @@ ROUNDS = 4
 class StructuredConfig(MethodConfig):
     """`share`: kept share of the channels in the pruned blocks; solved for the budget when not given.
 
-    `importance`: "taylor" or "mope". `attention`: also prune key-value heads, each with its queries.
+    `importance`: "taylor", "exits" or "mope". `attention`: also prune key-value heads, each with its queries.
     `first`, `last`: blocks left alone at either end, by default the paper's 4 and 2 of 32, scaled down
     for fewer blocks. `samples` × `length`: the calibration sequences looked at and their tokens.
     """
 
     share: float | None = Field(default=None, gt=0, le=1)
-    importance: Literal["taylor", "mope"] = "taylor"
+    importance: Literal["taylor", "exits", "mope"] = "taylor"
     attention: bool = False
     first: int | None = Field(default=None, ge=0)
     last: int | None = Field(default=None, ge=0)
@@ -69,6 +71,10 @@ class LlmPruner(Method[StructuredConfig]):
     loss gradients g of few short sequences. Channels are compared within a block, and all pruned
     blocks keep the same share.
 
+    `exits`: the same, COST-EFF-style: the loss is the mean over exits after every block, each through the
+    final norm and the head that all share. Scope: only the paper's choice of what is cut (its exits are
+    no saving under a budget, and its distillation is not this stage's).
+
     `mope`: MoPE-style. The pruning error of a group of channels (of near importance by `taylor`) is
     what the loss rises by when it is masked; the groups with the least error per parameter go, in
     whichever block, and errors are measured again as groups go. Scope: MoPE-CLIP scores heads, channel
@@ -78,7 +84,10 @@ class LlmPruner(Method[StructuredConfig]):
 
     name = "llm-pruner"
     family = "structured pruning"
-    source = "Ma et al., LLM-Pruner (arXiv 2305.11627, section 3.2); MoPE-CLIP (arXiv 2403.07839) for `mope`"
+    source = (
+        "Ma et al., LLM-Pruner (arXiv 2305.11627, section 3.2); COST-EFF (arXiv 2210.15523) for `exits`,"
+        " MoPE-CLIP (arXiv 2403.07839) for `mope`"
+    )
     needs = frozenset({"calibration"})
     adaptive = True
     acts_on_parts = None
@@ -165,7 +174,8 @@ class LlmPruner(Method[StructuredConfig]):
         counts = {name: _planned(part, plan) for name, part in parts.items()}
         if all(counts[name] == part.count for name, part in parts.items()):
             return plan
-        scores = taylor(model, parts, tokens)
+        loss = _loss_at_exits if self.config.importance == "exits" else _loss
+        scores = taylor(model, parts, tokens, loss)
         if self.config.importance == "mope":
             cost = sum(part.each * (part.count - counts[name]) for name, part in parts.items())
             kept = least_pruning_error(model, parts, scores, tokens, cost)
@@ -201,10 +211,15 @@ def _cut(model: PreTrainedModel, part: Part, stay: Tensor) -> None:
         replace(model, line.path, narrowed(linear, (side, rows)))
 
 
-def taylor(model: PreTrainedModel, parts: Mapping[str, Part], tokens: Tensor) -> dict[str, Tensor]:
+def taylor(
+    model: PreTrainedModel,
+    parts: Mapping[str, Part],
+    tokens: Tensor,
+    loss: Callable[[PreTrainedModel, Tensor], Tensor],
+) -> dict[str, Tensor]:
     """Importance of every structure of every part (float64): Σ over its rows and columns of |Σ g·w|.
 
-    g is the gradient of the mean over sequences of the loss on `tokens` (sequences × length); gradients
+    g is the gradient of the mean over sequences of `loss` on `tokens` (sequences × length); gradients
     of one sequence are held at a time.
     """
     lines = [(line, *cut) for part in parts.values() for line, cut in part.cut.items()]
@@ -218,7 +233,7 @@ def taylor(model: PreTrainedModel, parts: Mapping[str, Part], tokens: Tensor) ->
             weight.requires_grad_(True)
         for ids in tokens.split(1):
             with torch.enable_grad():
-                gradients = torch.autograd.grad(_loss(model, ids), weights)
+                gradients = torch.autograd.grad(loss(model, ids), weights)
             for index, (gradient, (_, side, _)) in enumerate(zip(gradients, lines, strict=True)):
                 product = gradient.double() * weights[index].detach().double()
                 sums[index] = sums[index] + product.sum(1 if side == "out" else 0)
@@ -319,3 +334,18 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean next-token loss in nats."""
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return loss
+
+
+def _loss_at_exits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean over all blocks of the next-token loss of the model that ends after that block."""
+    output = model(input_ids=ids, labels=ids, use_cache=False, output_hidden_states=True)
+    head: Any = model.get_output_embeddings()
+
+    def at_exit(hidden: Tensor) -> Tensor:
+        logits = head(leave(model, ids, hidden))
+        loss: Tensor = model.loss_function(logits, ids, vocab_size=logits.shape[-1])
+        return loss
+
+    # Made anew for its gradient: the logits of all exits together could be more than the model.
+    early = [checkpoint(at_exit, hidden, use_reentrant=False) for hidden in output.hidden_states[1:-1]]
+    return torch.stack([*early, output.loss]).mean()

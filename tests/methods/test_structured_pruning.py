@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.structured_pruning import (
     LlmPruner,
     Part,
     _loss,
+    _loss_at_exits,
     least_pruning_error,
     masked,
     pruning_errors,
@@ -21,10 +22,11 @@ from methods.structured_pruning import (
 from suite.conformance import tiny
 from suite.errors import ImpossibleBudget, InputError
 from suite.models.anatomy import anatomy_of
+from suite.models.layouts import layout_of
 from suite.recipe import Recipe
 from suite.specs import Budget
 
-IMPORTANCES = pytest.mark.parametrize("importance", ["taylor", "mope"])
+IMPORTANCES = pytest.mark.parametrize("importance", ["taylor", "exits", "mope"])
 TOKENS = tiny.token_ids(4, 16)
 
 
@@ -67,7 +69,7 @@ def test_importance_is_the_derivative_by_a_factor_on_each_row_and_column(model: 
     model = model.double()
     parts = parts_of(model)
     name, part = next(iter(parts.items()))
-    scores = taylor(model, parts, TOKENS)[name]
+    scores = taylor(model, parts, TOKENS, _loss)[name]
     expected = torch.zeros(part.count, dtype=torch.float64)
     for line, (side, _) in part.cut.items():
         scale = torch.ones(part.count, dtype=torch.float64, requires_grad=True)
@@ -80,11 +82,39 @@ def test_importance_is_the_derivative_by_a_factor_on_each_row_and_column(model: 
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-12)
 
 
+def mean_of_truncated_losses(model: PreTrainedModel) -> Tensor:
+    """Over all depths: the loss of the model whose deeper blocks were taken out."""
+    blocks = model.get_submodule(layout_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    whole, losses = list(blocks), []
+    for depth in range(1, len(whole) + 1):
+        del blocks[:]
+        blocks.extend(whole[:depth])
+        losses.append(model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss)
+    return torch.stack(losses).mean()
+
+
+def test_an_exit_is_the_model_that_ends_there(model: PreTrainedModel) -> None:
+    found = _loss_at_exits(model, TOKENS)
+    torch.testing.assert_close(found, mean_of_truncated_losses(model), rtol=1e-5, atol=1e-6)
+
+
+def test_importance_at_exits_is_by_the_gradient_of_all_exits(model: PreTrainedModel) -> None:
+    parts = parts_of(model)
+    name, part = next(iter(parts.items()))
+    line = next(line for line, (side, _) in part.cut.items() if side == "in")
+    scores = taylor(model, {name: Part(part.count, part.each, {line: ("in", 1)})}, TOKENS, _loss_at_exits)
+    weight = model.get_parameter(f"{line.path}.weight")
+    gradient = torch.autograd.grad(mean_of_truncated_losses(model), weight)[0]
+    expected = (gradient * weight).double().sum(0).abs()
+    torch.testing.assert_close(scores[name], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_gradients_are_left_as_they_were(llama: PreTrainedModel) -> None:
     frozen = llama.get_submodule("model.layers.1.mlp.up_proj").weight
     frozen.requires_grad_(False)
     before = [parameter.requires_grad for parameter in llama.parameters()]
-    taylor(llama, parts_of(llama), TOKENS)
+    taylor(llama, parts_of(llama), TOKENS, _loss)
     assert [parameter.requires_grad for parameter in llama.parameters()] == before
     assert all(parameter.grad is None for parameter in llama.parameters())
 
@@ -98,7 +128,7 @@ def test_a_channel_that_does_nothing_is_unimportant_and_has_no_pruning_error(att
         model.get_submodule("model.layers.2.self_attn.o_proj").weight[:, 24:] = 0
     idle = {"2.mlp": 5} | ({"2.attention": 1} if attention else {})
     gone = {name: torch.zeros(0, dtype=torch.int64) for name in parts}
-    scores = taylor(model, parts, TOKENS)
+    scores = taylor(model, parts, TOKENS, _loss)
     with masked(model, parts, gone):
         groups = [(name, torch.tensor([index])) for name, index in idle.items()]
         assert pruning_errors(model, gone, groups, TOKENS) == [0.0] * len(groups)
@@ -161,7 +191,7 @@ def test_by_pruning_error_blocks_that_do_little_lose_most() -> None:
         optimizer.zero_grad()
     parts = parts_of(model)
     each = parts["0.mlp"].each
-    kept = least_pruning_error(model, parts, taylor(model, parts, TOKENS), TOKENS, 90 * each)
+    kept = least_pruning_error(model, parts, taylor(model, parts, TOKENS, _loss), TOKENS, 90 * each)
     counts = {name: len(stay) for name, stay in kept.items()}
     assert sum(counts.values()) == 4 * 112 - 90
     assert counts["2.mlp"] == min(counts.values()) < 112 // 2
@@ -173,7 +203,7 @@ def test_pruning_errors_choose_better_than_chance_and_never_beat_the_best_pair()
     model = tiny.build("llama", num_hidden_layers=1, intermediate_size=8)
     parts = parts_of(model)
     ((name, part),) = parts.items()
-    scores = taylor(model, parts, TOKENS)
+    scores = taylor(model, parts, TOKENS, _loss)
     kept = least_pruning_error(model, parts, scores, TOKENS, part.each)[name]
 
     def loss_without(gone: list[int]) -> float:
