@@ -20,7 +20,7 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     lines = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
     lines += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
     lines += sorted({row["note"] for row in members if row["note"]})
-    lines += sorted({f"measured on {row['device']}" for row in members if row["status"] == "ok"})
+    lines += _device_notes(members)
     scored = any(row["accuracy"] is not None for row in members)
     accuracy = "accuracy: mean over tasks in %, 95 % interval of one row alone; " if scored else ""
     lines.append(
@@ -79,6 +79,18 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
         named = ", ".join(f"{label(row)} ({' and '.join(row['slower_than_dense'])})" for row in slower)
         lines.append(f"slower than dense, measured on the same device and at the same batch: {named}")
     return lines
+
+
+def _device_notes(members: Sequence[Row]) -> list[str]:
+    """What was measured on which device; with one device for all, no row is named."""
+    named: dict[str, list[str]] = {}
+    for row in members:
+        if row["status"] == "ok":
+            named.setdefault(row["device"], []).append(label(row))
+    return [
+        f"measured on {device}" + (f": {', '.join(labels)}" if len(named) > 1 else "")
+        for device, labels in sorted(named.items())
+    ]
 
 
 def noise_notes(noise: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -135,6 +135,16 @@ def test_rows_slower_than_dense_on_the_same_device_are_named() -> None:
     assert "slower than dense" not in tables.markdown([dense, slow, fast, packed])
 
 
+def test_rows_are_named_with_their_device_where_there_are_several() -> None:
+    dense, other = examples.finished("dense", "none"), examples.finished("svd", "params=0.8")
+    dense.conditions["device"] = other.conditions["device"] = "a processor"
+    assert "- measured on a processor\n" in tables.markdown([dense, other])
+    other.conditions["device"] = "another"
+    text = tables.markdown([dense, other])
+    assert "- measured on a processor: dense\n" in text
+    assert "- measured on another: svd\n" in text
+
+
 def test_searched_rows_are_marked_and_explained(records: list[Record]) -> None:
     records[1].searched = "0123456789abcdef"
     text = tables.markdown(records)
