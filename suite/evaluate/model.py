@@ -7,7 +7,7 @@ Importing this module registers it, so `lm_eval`'s own tools know it as `--model
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ TOKENS_PER_BATCH = 512
 TOKENS_PER_BATCH_ACCELERATOR = 16384
 _GENERATION_TOKENS = 8192  # a decoding step costs the same for one row and for several
 _LARGEST_TREE = 512
-_LOGIT_ELEMENTS = 1 << 22  # small enough to stay in a processor's cache
+# A head that is packed or widened is unpacked anew for each product, which costs as much as 100 rows of it.
+_LOGITS_AT_ONCE = 1 << 25
+_LOGITS_IN_CACHE = 1 << 22
 _ROWS_OF_ROLLING = 1 << 20
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -159,11 +161,11 @@ class WeighinLM(HFLM):  # type: ignore[misc]
         log_probabilities = torch.empty(len(targets), dtype=torch.float64)
         greedy = torch.empty(len(targets), dtype=torch.bool)
         hidden = self._hidden(table).flatten(0, 1)
-        step = max(1, _LOGIT_ELEMENTS // len(self.tokenizer))
-        for start in range(0, len(flat), step):
-            logits = self._logits(hidden[flat[start : start + step].to(hidden.device)])
-            reads = (where >= start) & (where < start + step)
+        start = 0
+        for logits in self._logits(hidden[flat.to(hidden.device)]):
+            reads = (where >= start) & (where < start + len(logits))
             at = (where[reads] - start).to(logits.device)
+            start += len(logits)
             wanted = target[reads].to(logits.device)
             scores = logits.log_softmax(-1)[at, wanted]
             log_probabilities[reads] = scores.double().cpu()
@@ -193,9 +195,13 @@ class WeighinLM(HFLM):  # type: ignore[misc]
         states: Tensor = self.model.base_model(ids, **arguments, use_cache=False).last_hidden_state
         return states
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits in float32 for chosen positions (positions × vocabulary)."""
-        return (hidden if self._head is None else self._head(hidden)).float()
+    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits in float32 for chosen positions, some at a time (positions × vocabulary)."""
+        vocabulary = len(self.tokenizer)
+        for part in hidden.split(max(1, _LOGITS_AT_ONCE // vocabulary)):
+            logits = part if self._head is None else self._head(part)
+            for some in logits.split(max(1, _LOGITS_IN_CACHE // vocabulary)):
+                yield some.float()
 
     @torch.inference_mode()
     def _abilities(self) -> tuple[nn.Module | None, bool]:
@@ -225,7 +231,8 @@ class WeighinLM(HFLM):  # type: ignore[misc]
         states = [
             (index, self._hidden(layout([tree]))[0, read]) for tree in trees for index, read in tree.reads
         ]
-        return self._logits(torch.cat([state for _, state in sorted(states, key=lambda pair: pair[0])]))
+        chosen = torch.cat([state for _, state in sorted(states, key=lambda pair: pair[0])])
+        return torch.cat(list(self._logits(chosen)))
 
 
 def usual_tokens_per_batch(device: torch.device) -> int:
