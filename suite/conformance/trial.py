@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import json
 import os
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from suite import checkpoint, data
 from suite.calibration import Calibration, tokens_digest
@@ -142,9 +145,9 @@ def _compress_all(desk: Desk) -> tuple[list[tuple[Case, Path]], list[Outcome]]:
     outcomes: list[Outcome] = []
     saved: list[tuple[Case, Path]] = []
     for family in desk.families:
-        for case in _cases(desk, family, outcomes):
+        for case, plan in _cases(desk, family, outcomes):
             folder = desk.folder / "made" / str(len(saved))
-            error = _attempt(desk, case, folder)
+            error = _attempt(desk, case, folder, plan)
             outcomes += _checked("compress", case.scope, family, Attempt(case, error))
             if error is None:
                 saved.append((case, folder))
@@ -153,10 +156,10 @@ def _compress_all(desk: Desk) -> tuple[list[tuple[Case, Path]], list[Outcome]]:
     return saved, outcomes
 
 
-def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[Case]:
+def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[tuple[Case, RecipePlan | None]]:
     """The cases of one family, each plan once; checks of the plan are run on the way."""
     recipe = Recipe.parse(desk.subject.recipe)
-    dense = load.load_anatomy(desk.source(family))
+    dense = _anatomy(desk.source(family))
     acts_on = frozenset().union(*(stage.acts_on for stage in recipe.stages))
     metrics: tuple[Metric, ...] = tuple(metric for metric in TARGETS if metric in acts_on)
     outcomes += _checked("plan", "main", family, Planning(recipe, dense, metrics))
@@ -185,19 +188,20 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[Case]:
         detail = f"none of the targets can be planned for: {asked}"
         outcomes.append(Outcome("runs on every family", family, "failed", detail))
         return []
+    planned: list[tuple[Case, RecipePlan | None]] = list(zip(cases, seen, strict=True))
     if metrics:
         whole = Budget(metric=metrics[0], value=1.0)
-        cases.append(Case(family, desk.subject.recipe, whole, "full"))
+        planned.append((Case(family, desk.subject.recipe, whole, "full"), None))
         stack = f"{desk.subject.recipe}+{STACKED}"
         if any(map(pointless, recipe.stages)):
             outcomes.append(Outcome("stacks under int4", family, "exempt", "it changes nothing"))
         elif any(line.sparse for line in seen[0].final.linears):
             outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
         elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
-            cases.append(Case(family, stack, cases[0].budget, "stack"))
+            planned.append((Case(family, stack, cases[0].budget, "stack"), None))
     else:
         outcomes.append(Outcome("stacks under int4", family, "exempt", "it leaves no dense linears"))
-    return cases
+    return planned
 
 
 def _refused(stack: str, dense: Anatomy, budget: Budget) -> tuple[Status, str]:
@@ -211,15 +215,15 @@ def _refused(stack: str, dense: Anatomy, budget: Budget) -> tuple[Status, str]:
     return "failed", "it leaves sparse linears, yet a quantizer after it is not refused"
 
 
-def _attempt(desk: Desk, case: Case, folder: Path) -> Exception | None:
-    """Compress and save as the runner does; what it raises is returned."""
+def _attempt(desk: Desk, case: Case, folder: Path, plan: RecipePlan | None = None) -> Exception | None:
+    """Compress and save as the runner does, planning first without `plan`; what it raises is returned."""
     source = desk.source(case.family)
     try:
         recipe = Recipe.parse(case.recipe)
         device = "cuda" if "cuda" in recipe.needs else "cpu"
-        model, tokenizer = load.load_model(source, device), load.load_tokenizer(source.location)
+        model, tokenizer = copy.deepcopy(_dense(source, device)), load.load_tokenizer(source.location)
         with _no_peeking():
-            plan = recipe.plan(load.load_anatomy(source), case.budget, SEED)
+            plan = plan or recipe.plan(_anatomy(source), case.budget, SEED)
             plan = recipe.compress(model, plan, _calibration(source), lambda stage: seed_everything(SEED))
         checkpoint.save(model, tokenizer, folder)
         stages = [step.model_dump(mode="json") for step in plan.stages]
@@ -253,7 +257,7 @@ def _reload_all(desk: Desk, cases: Sequence[tuple[Case, Path]]) -> list[Outcome]
     outcomes = []
     for case, folder in cases:
         source = desk.source(case.family)
-        dense = load.load_anatomy(source)
+        dense = _anatomy(source)
         try:
             recipe = Recipe.parse(case.recipe)
             model = checkpoint.reload(folder, "cuda" if "cuda" in recipe.needs else "cpu")
@@ -298,9 +302,20 @@ def _no_peeking() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _anatomy(source: load.Source) -> Anatomy:
+    return load.load_anatomy(source)
+
+
+@functools.cache
+def _dense(source: load.Source, device: str) -> PreTrainedModel:
+    """The dense tiny model, read from its files once; only copies of it are handed out."""
+    return load.load_model(source, device)
+
+
 def _calibration(source: load.Source) -> Calibration:
-    tokens = tiny.token_ids(16, 32)
-    training = tiny.training_sample(lambda: load.load_model(source).requires_grad_(False))
+    tokens = tiny.token_ids(4, 128)
+    training = tiny.training_sample(lambda: copy.deepcopy(_dense(source, "cpu")).requires_grad_(False))
     return Calibration(tokens, tokens_digest(tokens), training)
 
 

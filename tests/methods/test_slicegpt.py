@@ -526,7 +526,7 @@ def test_perplexity_rises_with_the_cut_on_the_real_model(data_folder: Path) -> N
 
     source = load.resolve("smollm2-135m")
     tokenizer = load.load_tokenizer(source.location)
-    calibration = draw(CalibrationSpec.parse("wikitext2:8x256"), tokenizer, 0, data_folder)
+    calibration = draw(CalibrationSpec.parse("wikitext2:4x256"), tokenizer, 0, data_folder)
     spec = PerplexitySpec(source="pydoc", window=256, windows=4)
     found = []
     with bfloat16.widened("cpu"):

@@ -13,8 +13,8 @@ from suite.specs import Budget
 
 pytestmark = pytest.mark.slow
 
-# A search of two trials goes the same way as one of twenty, in a tenth of the minutes.
-QUICK = {"bolaco": "bolaco(trials=2)"}
+# A search of two trials or a fit of two steps goes the same way as one of twenty, in a part of the minutes.
+QUICK = {"bolaco": "bolaco(trials=2)", "tensor-network": "tensor-network(refine=2)"}
 BUILTIN = [QUICK.get(name, name) for name in methods if methods.get(name).__module__.startswith("methods.")]
 
 
