@@ -68,11 +68,10 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
             f" that of the imitation and is not compared: {shares}"
         )
-    disturbed = [label(row) for row in members if row.get("concurrent_cells")]
-    if disturbed:
+    if any(row.get("concurrent_cells") for row in members):
         lines.append(
-            "speeds measured while other cells ran, which took from them, and not compared: "
-            + ", ".join(disturbed)
+            "speeds measured with other cells at the same time (above, beside the device) took from each"
+            " other and are not compared"
         )
     slower = [row for row in members if row["recipe"] != "dense" and row.get("slower_than_dense")]
     if slower:

@@ -73,7 +73,8 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
                 "family": cls.family,
                 "acts_on": sorted(cls.acts_on),
                 "needs": sorted(cls.needs),
-                "extra": EXTRAS.get(cls.library or "", cls.library),
+                "extra": EXTRAS.get(cls.library or ""),
+                "library": cls.library,
                 "knobs": {key: _default(info) for key, info in cls.Config.model_fields.items()},
                 "source": cls.source,
                 "version": cls.version,
@@ -90,7 +91,7 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
                 line["name"],
                 line["family"],
                 ", ".join(line["acts_on"]) or "–",
-                ", ".join([*line["needs"], *([f"extra {line['extra']}"] if line["extra"] else [])]) or "–",
+                ", ".join([*line["needs"], *_library(line)]) or "–",
                 knobs or "–",
                 line["source"],
                 line["defined_in"],
@@ -143,6 +144,13 @@ def data_pull(
     for name, files in pull(folder, task, rows):
         console.print(f"{name}: {', '.join(files)}")
     console.print(f"Use it with --data-dir {folder} or WEIGHIN_DATA_DIR={folder}")
+
+
+def _library(line: dict[str, Any]) -> list[str]:
+    """What to install for a method: the suite's own extra, or the package that a plug-in wants."""
+    if line["extra"]:
+        return [f"extra {line['extra']}"]
+    return [f"package {line['library']}"] if line["library"] else []
 
 
 def _default(info: Any) -> str:

@@ -226,6 +226,16 @@ def test_a_plugin_from_outside_is_listed_with_its_file(tmp_path: Path) -> None:
     assert entry["defined_in"].endswith("from_outside.py")
 
 
+def test_what_to_install_for_a_method_is_listed(tmp_path: Path) -> None:
+    plugin = Path(examples.write_plugin(tmp_path, "wants-more"))
+    plugin.write_text(plugin.read_text().replace("    name =", '    library = "not_there"\n    name =', 1))
+    rows = json.loads(weighin("methods", "--plugin", str(plugin), "--json").stdout)
+    found = {row["name"]: (row["library"], row["extra"]) for row in rows}
+    assert found["wants-more"] == ("not_there", None)
+    assert found["bolaco"] == ("optuna", "search")
+    assert found["svd"] == (None, None)
+
+
 def test_inspect_adds_up_to_the_file(tiny: str) -> None:
     result = json.loads(weighin("inspect", tiny, "--json").stdout)
     assert result["total"]["disk"] == result["total"]["safetensors"]
