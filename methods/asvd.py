@@ -91,7 +91,7 @@ class Asvd(TruncatedSvd):
         prefix = f"{block.path}."
         lines = {x.path.removeprefix(prefix): x for x in anatomy.linears if x.block == block.index}
         groups = anatomy.layout.inputs_shared(list(lines))
-        seen = block.input_statistics(group[0] for group in groups)
+        seen = block.input_statistics((group[0] for group in groups), advance=True)
         for group in groups:
             inputs = seen[group[0]]
             scale = inputs.size.pow(self.config.alpha) + _EPSILON

@@ -56,10 +56,9 @@ class Awq(Quantizer[AwqConfig]):
             prefix = f"{block.path}."
             inside = [path.removeprefix(prefix) for path in specs if path.startswith(prefix)]
             together = list(steps(anatomy.layout, block.module, inside))
-            sums = block.input_statistics(step[0] for step in together)
+            sums = block.input_statistics((step[0] for step in together), advance=True)
             seen = {path: of_path.to(torch.float32) for path, of_path in sums.items()}
             inputs = {path: seen[step[0]] for step in together for path in step}
-            block.advance()
             scales: dict[str, Tensor] = {}
             for site in scaling_sites(anatomy, block.module):
                 why = obstacle(site, block.module)

@@ -150,12 +150,12 @@ class BasisSharing(Method[BasisSharingConfig]):
             prefix = f"{block.path}."
             inside = [path.removeprefix(prefix) for path in owner_of if path.startswith(prefix)]
             groups = layout.inputs_shared(inside)
-            seen = block.second_moments(group[0] for group in groups)
+            # Dense statistics for all: a unit is replaced after its last block has run.
+            seen = block.second_moments((group[0] for group in groups), advance=True)
             for group in groups:
                 moment = seen[group[0]]
                 for owner in (owner_of[prefix + path] for path in group):
                     moments[owner] = moments[owner] + moment if owner in moments else moment
-            block.advance()  # dense statistics for all: a unit is replaced after its last block has run
             for owner in [owner for owner in moments if units[owner][-1].startswith(prefix)]:
                 factorise(model, plan, units[owner], moments.pop(owner))
 

@@ -121,8 +121,9 @@ class ModeGpt(Method[ModeGptConfig]):
             down_path = lines["down"].path
             if width == full[block.index]:
                 continue
-            moment = block.second_moment(down_path.removeprefix(f"{block.path}."))
-            block.advance()  # the next block's statistics are those of the dense model too
+            down = down_path.removeprefix(f"{block.path}.")
+            # The next block's statistics are those of the dense model too.
+            moment = block.second_moments([down], advance=True)[down]
             channels = leverage_scores(moment, self.config.ridge).topk(width).indices.sort().values
             for role, line in lines.items():
                 linear = cast(nn.Linear, model.get_submodule(line.path))

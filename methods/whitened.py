@@ -58,8 +58,7 @@ class SvdLlm(TruncatedSvd):
             prefix = f"{dense.path}."
             inside = [path.removeprefix(prefix) for path in plan.modules if path.startswith(prefix)]
             groups = layout.inputs_shared(inside)
-            moments = dense.second_moments(group[0] for group in groups)
-            dense.advance()
+            moments = dense.second_moments((group[0] for group in groups), advance=True)
             for group in groups:
                 moment = moments[group[0]]
                 met = compressed[0].second_moment(group[0]) if compressed else None

@@ -56,13 +56,15 @@ class BlockOnStream:
     """Whether the inputs are the next block's already."""
 
     @torch.no_grad()
-    def observe(self, watched: Mapping[str, Callable[[Tensor], None]]) -> None:
+    def observe(self, watched: Mapping[str, Callable[[Tensor], None]], advance: bool = False) -> None:
         """Call what is `watched` with the input of the submodule at its path, batch by batch.
 
         Paths are inside the block, inputs two-dimensional (tokens × features). All are seen in one pass;
-        what comes after the last of them is not run.
+        what comes after the last of them is not run, unless the same pass is to `advance` as well.
         """
         if not watched:
+            if advance:
+                self.advance()
             return
         left: set[str] = set()
 
@@ -70,7 +72,7 @@ class BlockOnStream:
             value = args[0] if args else kwargs["hidden_states"]
             watched[path](value.reshape(-1, value.shape[-1]))
             left.discard(path)
-            if not left:
+            if not left and not advance:
                 raise _Enough
 
         handles = [
@@ -78,21 +80,25 @@ class BlockOnStream:
             for path in watched
         ]
         try:
-            for hidden, arguments in zip(self.inputs, self.arguments, strict=True):
+            for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
                 left.update(watched)
                 with suppress(_Enough):
-                    self.module(hidden, **arguments)
+                    output = self.module(hidden, **arguments)
+                    if advance:
+                        self.inputs[position] = output
         finally:
             for handle in handles:
                 handle.remove()
+        self.advanced = self.advanced or advance
 
     def second_moment(self, path: str) -> Tensor:
         """C = Σ x xᵀ (features × features, float64) of the inputs of the submodule at `path`."""
         return self.second_moments([path])[path]
 
-    def second_moments(self, paths: Iterable[str]) -> dict[str, Tensor]:
+    def second_moments(self, paths: Iterable[str], advance: bool = False) -> dict[str, Tensor]:
         """C = Σ x xᵀ (features × features, float64) of the inputs of the submodules at `paths`, in one pass.
 
+        With `advance`, for a block that is not to change before, that pass makes the next block's inputs too.
         Batches are multiplied in float32 (float64 for a float64 model) and summed in float64.
         """
         totals: dict[str, Tensor] = {}
@@ -101,10 +107,10 @@ class BlockOnStream:
             part = second_moment(value)
             totals[path] = totals[path].add_(part) if path in totals else part
 
-        self.observe({path: partial(add, path) for path in paths})
+        self.observe({path: partial(add, path) for path in paths}, advance)
         return totals
 
-    def input_statistics(self, paths: Iterable[str]) -> dict[str, InputStatistics]:
+    def input_statistics(self, paths: Iterable[str], advance: bool = False) -> dict[str, InputStatistics]:
         """Second moments as in `second_moments`, and mean sizes (features, float64), in one pass."""
         moments: dict[str, Tensor] = {}
         sizes: dict[str, Tensor] = {}
@@ -116,7 +122,7 @@ class BlockOnStream:
             sizes[path] = sizes[path].add_(size) if path in sizes else size
             counts[path] = counts.get(path, 0) + len(value)
 
-        self.observe({path: partial(add, path) for path in paths})
+        self.observe({path: partial(add, path) for path in paths}, advance)
         return {path: InputStatistics(moments[path], sizes[path] / counts[path]) for path in moments}
 
     @torch.no_grad()

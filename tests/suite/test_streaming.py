@@ -49,6 +49,36 @@ def test_second_moments_are_those_of_a_linears_input(family: str) -> None:
             assert torch.equal(moment, block.second_moment(path))
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_one_pass_observes_and_advances(family: str) -> None:
+    model = tiny.build(family)
+    layout = layout_of(model.config)
+    paths = [group[0] for group in layout.groups]
+    calls: list[int] = []
+    apart, together = (stream(model, TOKENS, batch_size=2) for _ in range(2))
+    for first, second in zip(apart, together, strict=True):
+        expected = first.input_statistics(paths)
+        first.advance()
+        hook = second.module.register_forward_hook(lambda *_: calls.append(1))
+        found = second.input_statistics(paths, advance=True)
+        hook.remove()
+        for path in paths:
+            assert torch.equal(found[path].moment, expected[path].moment)
+            assert torch.equal(found[path].size, expected[path].size)
+        for ours, theirs in zip(second.inputs, first.inputs, strict=True):
+            assert torch.equal(ours, theirs)
+        assert second.advanced
+    assert len(calls) == 3 * anatomy_of(model).n_blocks
+
+
+def test_a_path_that_is_never_met_leaves_the_inputs_alone() -> None:
+    for block in stream(tiny.build("llama"), TOKENS):
+        before = list(block.inputs)
+        block.module.add_module("idle", torch.nn.Identity())
+        block.observe({"idle": lambda _: None})
+        assert all(ours is theirs for ours, theirs in zip(block.inputs, before, strict=True))
+
+
 def test_a_changed_block_changes_what_comes_after_it() -> None:
     """Guards against activations of the dense model being kept."""
     moments: list[dict[int, torch.Tensor]] = []
