@@ -62,9 +62,7 @@ class BlockOnStream:
         Paths are inside the block, inputs two-dimensional (tokens × features). All are seen in one pass;
         what comes after the last of them is not run, unless the same pass is to `advance` as well.
         """
-        if not watched:
-            if advance:
-                self.advance()
+        if not watched and not advance:
             return
         left: set[str] = set()
 

@@ -71,6 +71,15 @@ def test_one_pass_observes_and_advances(family: str) -> None:
     assert len(calls) == 3 * anatomy_of(model).n_blocks
 
 
+def test_with_nothing_to_observe_a_block_advances_all_the_same() -> None:
+    model = tiny.build("llama")
+    for first, second in zip(stream(model, TOKENS), stream(model, TOKENS), strict=True):
+        first.advance()
+        assert second.second_moments([], advance=True) == {}
+        assert second.advanced
+        assert all(map(torch.equal, second.inputs, first.inputs))
+
+
 def test_a_path_that_is_never_met_leaves_the_inputs_alone() -> None:
     for block in stream(tiny.build("llama"), TOKENS):
         before = list(block.inputs)
