@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -43,6 +44,8 @@ def _common(
 
 def main() -> None:
     """Entry point of the `weighin` command."""
+    # Asked to end, as by tox or a batch system, it stops as after Ctrl-C: workers do not outlive it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except KeyboardInterrupt:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,6 +244,38 @@ def test_inspect_adds_up_to_the_file(tiny: str) -> None:
     result = json.loads(weighin("inspect", tiny, "--json").stdout)
     assert result["total"]["disk"] == result["total"]["safetensors"]
     assert sum(module["params"] for module in result["modules"]) == result["total"]["params"]
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_run_that_is_asked_to_end(tiny: str, tmp_path: Path) -> None:
+    protocol = tmp_path / "tiny.yaml"
+    protocol.write_text(examples.TINY_PROTOCOL)
+    note = tmp_path / "worker"
+    body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    plugin = examples.write_plugin(tmp_path, "waits", body)
+    command = [sys.executable, "-c", "from suite.cli import main; main()", "run", "--model", tiny]
+    command += ["--recipe", "waits", "--budget", "params=0.9", "--protocol", str(protocol)]
+    command += ["--results", str(tmp_path / "results"), "--plugin", plugin]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        worker = int(note.read_text())
+        run.terminate()
+        told, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert "Stopped." in told
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end_of(worker)
+
+
+def _wait_for_the_end_of(process: int) -> None:
+    for _ in range(100):  # its own parent takes a moment to bury it
+        os.kill(process, 0)
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
