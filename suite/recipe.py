@@ -141,6 +141,13 @@ class Recipe:
             return True
         return True
 
+    def same_checkpoint(self, plan: RecipePlan, other: RecipePlan) -> bool:
+        """Whether two plans of this recipe for one model are carried out alike, whatever the budgets.
+
+        What a stage after an adaptive one does depends on its target too: such plans never are.
+        """
+        return plan.stages == other.stages and not any(stage.adaptive for stage in self.stages[:-1])
+
     def compress(
         self,
         model: PreTrainedModel,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +122,8 @@ class Record(Part):
     """The noise floor, on the dense record; None where it was not measured."""
     failure: Failure | None = None
     checkpoint: str | None = None
+    measured_at: str | None = None
+    """The budget under which this checkpoint was measured, where that is not the cell's own."""
     searched: str | None = None
     """Digest of the search that found the recipe; None where a person named it."""
 
@@ -223,16 +228,38 @@ class RecordStore:
         table = items.frame(list(item_rows))
         ledger = pd.DataFrame([vars(entry) for entry in entries])
         text = record.model_dump_json(indent=1)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(path):
             if len(table):
                 atomically(path.with_suffix(".items.parquet"), lambda to: table.to_parquet(to, index=False))
             if len(ledger):
                 atomically(path.with_suffix(".ledger.csv"), lambda to: ledger.to_csv(to, index=False))
             atomically(path, lambda to: to.write_text(text + "\n"))
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be written: {error}. Earlier records are untouched.") from None
         return path
+
+    def save_as(self, spec: RunSpec, measured: Record, searched: str | None = None) -> Record:
+        """Write what was measured in another cell as the record of `spec`, which has the same checkpoint.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        new = {"measured_at": measured.measured_at or str(measured.spec.budget), "checkpoint": None}
+        record = measured.model_copy(update={"spec": spec, "searched": searched, **new})
+        for suffix in (".items.parquet", ".ledger.csv"):
+            beside, path = self.path(measured.spec).with_suffix(suffix), self.path(spec).with_suffix(suffix)
+            if beside.is_file():
+                with _writing(path):
+                    atomically(path, partial(shutil.copyfile, beside))
+        self.save(record)
+        return record
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be written: {error}. Earlier records are untouched.") from None
 
 
 def read_items(record_path: Path) -> pd.DataFrame | None:

@@ -19,6 +19,11 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
     """The lines under a table."""
     lines = [f"{row['recipe']}: {row['reason']}" for row in members if row["status"] != "ok"]
     lines += [f"{row['recipe']}: {row['standing_note']}" for row in members if row["standing_note"]]
+    lines += [
+        f"{label(row)}: the same checkpoint as under {row['measured_at']}, and measured there"
+        for row in members
+        if row.get("measured_at")
+    ]
     lines += sorted({row["note"] for row in members if row["note"]})
     lines += _device_notes(members)
     scored = any(row["accuracy"] is not None for row in members)

@@ -105,6 +105,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
     # What older records do not know is left out, so that boards made of them stay as they were.
     if record.family is not None:
         row |= {"family": record.family, "setting": setting(record)}
+    if record.measured_at is not None:
+        row["measured_at"] = record.measured_at
     if record.searched is not None:
         row["searched"] = record.searched
     if (together := record.conditions.get("concurrent_cells", 1)) > 1:

@@ -176,6 +176,11 @@ class Grid:
     def _run_cell(self, cell: Cell, listener: Listener, stop: threading.Event) -> None:
         if stop.is_set():
             return
+        if (measured := self._measured_under_another_budget(cell)) is not None:
+            cell.record = self.store.save_as(cell.spec, measured, cell.record.searched)
+            cell.state = "ok"
+            listener(cell)
+            return
         cell.state, cell.started = "running", time.monotonic()
         listener(cell)
         scratch = Path(tempfile.mkdtemp(prefix="weighin-"))
@@ -206,6 +211,20 @@ class Grid:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             listener(cell)
+
+    def _measured_under_another_budget(self, cell: Cell) -> Record | None:
+        """The record of a finished cell that differs in its budget alone and has the same checkpoint."""
+        if self.options.keep_checkpoints is not None:
+            return None  # the checkpoint itself is wanted
+        spec, recipe = cell.spec, Recipe.parse(cell.spec.recipe)
+        for other in self.cells:
+            same = other.spec.model_copy(update={"budget": spec.budget}) == spec
+            if same and other.state in ("ok", "cached") and other.record.planned == cell.record.planned:
+                anatomy = load.load_anatomy(cell.source)
+                budgets = (spec.budget, other.spec.budget)
+                if recipe.same_checkpoint(*(recipe.plan(anatomy, budget, spec.seed) for budget in budgets)):
+                    return other.record
+        return None
 
     def _supervise(
         self,

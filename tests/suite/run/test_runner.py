@@ -95,6 +95,25 @@ def test_kept_checkpoints_load_with_plain_transformers(track: Track, tmp_path: P
     assert {cell.state for cell in again.cells} == {"waiting"}
 
 
+def test_a_checkpoint_that_two_budgets_lead_to_is_measured_once(track: Track, tmp_path: Path) -> None:
+    budgets = ("bytes=0.7", "bytes=0.69", "bytes=0.5")
+    track = track.model_copy(update={"recipes": ("rtn-int8", "svd"), "budgets": budgets})
+    grid = run(track, tmp_path)
+    found = {(cell.spec.recipe, str(cell.spec.budget)): cell.record for cell in grid.cells}
+    first, second = found["rtn-int8", "bytes=0.7"], found["rtn-int8", "bytes=0.69"]
+    assert second == first.model_copy(update={"spec": second.spec, "measured_at": "bytes=0.7"})
+    assert first.measured_at is None
+    assert {found["svd", budget].measured_at for budget in budgets} == {None}
+    items = [grid.store.items(record) for record in (first, second)]
+    assert items[0] is not None
+    assert items[0].equals(items[1])
+    assert grid.store.path(second.spec).with_suffix(".ledger.csv").is_file()
+    records = [cell.record for cell in grid.cells]
+    text = markdown(records, standings(records, grid.store))
+    assert "rtn-int8: the same checkpoint as under bytes=0.7, and measured there" in text
+    assert {cell.state for cell in Grid(track, grid.options).cells} <= {"cached", "failed"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_worker_killed_in_any_stage_costs_only_its_own_cell(
     stage: str, track: Track, tmp_path: Path
