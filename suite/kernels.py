@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from suite.packing import product_with_tiles
+
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
 
@@ -80,9 +82,9 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
     if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
         usable[SCALED] = scale_output
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
-        if device.type == "cpu" and dtype == torch.bfloat16 and whole:
+        if _has_kernel("_weight_int8pack_mm", device) and dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
-    if matrix.can_be_tiled:
+    if matrix.can_be_tiled and (device.type == "cpu" or dtype == torch.bfloat16):
         usable[TILES] = torch_int4
     return usable
 
@@ -106,11 +108,10 @@ def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
 
 
 def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For 4 bits on the CPU, torch's own kernel; the matrix's bytes are moved into its tiles for good."""
+    """For 4 bits torch's own kernel; the matrix's bytes are moved into its tiles for good."""
     matrix.lay_out_(tiled=True)
-    product = torch._weight_int4pack_mm_for_cpu(
-        _rows(x), matrix.packed, matrix.group, matrix.scales_and_offsets(x.dtype)
-    )
+    scales = matrix.scales_and_offsets(x.dtype)
+    product = product_with_tiles(_rows(x), matrix.packed, matrix.group, scales)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 
@@ -177,6 +178,12 @@ def _free_to_choose(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def _has_kernel(name: str, device: torch.device) -> bool:
+    """Whether this build of torch brings an operator of its own for the device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key))
 
 
 def _has_integer_product(left: Tensor, right: Tensor) -> bool:

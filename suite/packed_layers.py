@@ -17,7 +17,7 @@ from suite.packing import (
     pack,
     rows_of_tiles,
     tile,
-    tile_width,
+    tiles_fit,
     unpack,
     unpack_as,
     unpack_tiles_as,
@@ -39,7 +39,7 @@ class PackedMatrix(nn.Module):
     scales: Tensor
     zeros: Tensor
     tiled = False
-    """Whether the bytes of `packed` lie in tiles for torch's 4-bit CPU kernel, as they never do in a file."""
+    """Whether the bytes of `packed` lie in tiles for torch's 4-bit kernel, as they never do in a file."""
 
     def __init__(
         self, rows: int, columns: int, bits: int, group: int, symmetric: bool, grid: Grid = "uniform"
@@ -117,14 +117,13 @@ class PackedMatrix(nn.Module):
 
     @property
     def can_be_tiled(self) -> bool:
-        """Whether torch's 4-bit CPU kernel has tiles for this matrix: whole ones, of even steps."""
+        """Whether torch's 4-bit kernel has tiles for this matrix: whole ones, of even steps."""
         if self.bits != 4 or self.grid == "normal-float" or self.group not in (32, 64, 128, 256):
             return False
-        whole = self.columns % self.group == 0 and self.rows % 64 == 0
-        return whole and self.packed.device.type == "cpu" and tile_width() > 0
+        return self.columns % self.group == 0 and tiles_fit(self.rows, self.columns, self.packed.device)
 
     def lay_out_(self, tiled: bool) -> None:
-        """Move the bytes of `packed` into tiles for torch's 4-bit CPU kernel, or back."""
+        """Move the bytes of `packed` into tiles for torch's 4-bit kernel, or back."""
         if tiled != self.tiled:
             self.packed.copy_(tile(self.packed, self.columns) if tiled else untile(self.packed))
             self.tiled = tiled
@@ -239,6 +238,11 @@ class PackedEmbedding(PackedMatrix):
             module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group, symmetric)
         module.quantize_(embedding.weight)
         return module
+
+    @property
+    def can_be_tiled(self) -> bool:
+        """As elsewhere, but not on CUDA, where rows cannot be read out of tiles one by one."""
+        return self.packed.device.type == "cpu" and super().can_be_tiled
 
     def arguments(self) -> dict[str, Any]:
         return {

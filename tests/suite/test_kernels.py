@@ -141,6 +141,23 @@ def test_the_last_positions_of_a_batch_lie_apart_and_are_multiplied_all_the_same
     assert_every_path_agrees(matrix, last, 2e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group", "kernel"), [(4, 64, kernels.TILES), (8, 576, "torch int8")])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_gpu_has_kernels_of_its_own(bits: int, group: int, kernel: str, tokens: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    matrix = packed(192, 576, bits, group, True, torch.bfloat16).cuda()
+    x = activations(tokens, 576, torch.bfloat16).cuda()
+    values = matrix.dequantize(torch.bfloat16)
+    expected = kernels.dequantize(x, matrix, matrix.bias)
+    assert kernel in kernels.paths(matrix, x.dtype, x.device)
+    with torch.no_grad():
+        for path in kernels.paths(matrix, x.dtype, x.device).values():
+            assert kernels.agrees(path(x, matrix, matrix.bias), expected)
+    assert torch.equal(matrix.dequantize(torch.bfloat16), values)
+
+
 def test_float_zeros_are_offsets_of_the_four_bit_kernel() -> None:
     with torch.no_grad():
         matrix = PackedLinear(64, 64, 4, 32, symmetric=False, grid="float-zero")
