@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from suite.packing import product_with_tiles
+from suite.rebuilding import rebuilt
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
@@ -53,7 +54,7 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
     rows = x.numel() // max(x.shape[-1], 1)
     if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
-        return dequantize(x, matrix, bias)
+        return functional.linear(x, rebuilt(matrix, x.dtype, lambda: matrix.dequantize(x.dtype)), bias)
     usable = paths(matrix, x.dtype, x.device)
     if len(usable) == 1:
         return dequantize(x, matrix, bias)

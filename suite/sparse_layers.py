@@ -17,6 +17,7 @@ from torch.nn import functional
 from suite.errors import InputError
 from suite.layers import default_dtype, module_type
 from suite.packing import pack, unpack
+from suite.rebuilding import rebuilt
 
 IndexFormat = Literal["bitmap", "2:4"]
 
@@ -143,7 +144,7 @@ class SparseLinear(SparseMatrix):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dense(), self.bias)
+        return functional.linear(x, rebuilt(self, self.kept.dtype, self.dense), self.bias)
 
 
 @module_type("semi_structured_linear")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from suite.models.layouts import layout_of
+from suite.rebuilding import rebuilt_once
 
 BATCH_SIZE = 8
 
@@ -78,12 +79,13 @@ class BlockOnStream:
             for path in watched
         ]
         try:
-            for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
-                left.update(watched)
-                with suppress(_Enough):
-                    output = self.module(hidden, **arguments)
-                    if advance:
-                        self.inputs[position] = output
+            with rebuilt_once():
+                for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
+                    left.update(watched)
+                    with suppress(_Enough):
+                        output = self.module(hidden, **arguments)
+                        if advance:
+                            self.inputs[position] = output
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,8 +128,9 @@ class BlockOnStream:
     @torch.no_grad()
     def advance(self) -> None:
         """Replace the inputs by what the block, as it now is, makes of them."""
-        for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
-            self.inputs[position] = self.module(hidden, **arguments)
+        with rebuilt_once():
+            for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
+                self.inputs[position] = self.module(hidden, **arguments)
         self.advanced = True
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from suite.errors import WeighinError
 from suite.evaluate.packing import Layout, Request, Tree, build_trees, layout
+from suite.rebuilding import rebuilt_once
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class WeighinLM(HFLM):  # type: ignore[misc]
         waiting = build_trees(cut, largest, getattr(self.config, "sliding_window", None))
         answers: dict[int, tuple[float, bool]] = {}
         tokens = self.tokens_per_batch
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations")
+        with bar, rebuilt_once():
             while waiting:
                 batch = waiting[: max(1, tokens // len(waiting[0]))]
                 try:

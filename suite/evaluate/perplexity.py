@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suite import data
 from suite.calibration import token_ids, tokens_digest
 from suite.errors import InputError
+from suite.rebuilding import rebuilt_once
 from suite.specs import Frozen, PerplexitySpec
 
 BATCH_SIZE = 4
@@ -56,7 +57,8 @@ def measure(
             raise InputError("the protocol asks for a BOS token, but this tokenizer has none.")
         bos = torch.full((len(windows), 1), tokenizer.bos_token_id)
         windows = torch.cat([bos, windows], dim=1)
-    nlls = torch.cat([window_nlls(model, batch) for batch in windows.split(batch_size)])
+    with rebuilt_once():
+        nlls = torch.cat([window_nlls(model, batch) for batch in windows.split(batch_size)])
     scored = windows.shape[0] * (windows.shape[1] - 1)
     mean = float(nlls.sum()) / scored
     return Perplexity(

@@ -1,0 +1,53 @@
+"""Dense weights that packed and sparse layers rebuild for each call, kept while batch follows batch.
+
+Scoring multiplies the same weights with hundreds of batches, calibration with some. What is kept is
+memory that the format does not take, so neither speed nor memory of inference is measured meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+KEPT_BYTES = 1 << 30
+
+
+@dataclass
+class _Kept:
+    room: int
+    weights: dict[tuple[nn.Module, torch.dtype], Tensor] = field(default_factory=dict)
+
+
+_kept: _Kept | None = None
+
+
+@contextmanager
+def rebuilt_once(room: int = KEPT_BYTES) -> Iterator[None]:
+    """Keep up to `room` bytes of rebuilt weights inside the `with`, in which no weight may change.
+
+    The products are the same to the bit, only sooner. Layers that no longer fit are rebuilt as ever.
+    """
+    global _kept
+    outer = _kept
+    _kept = outer or _Kept(room)
+    try:
+        yield
+    finally:
+        _kept = outer
+
+
+def rebuilt(module: nn.Module, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
+    """The dense weight of `module` in `dtype` that `build` gives, or gave before; anew with gradients."""
+    if _kept is None or torch.is_grad_enabled():
+        return build()
+    if (module, dtype) in _kept.weights:
+        return _kept.weights[module, dtype]
+    weight = build()
+    if weight.nbytes <= _kept.room:
+        _kept.room -= weight.nbytes
+        _kept.weights[module, dtype] = weight
+    return weight
