@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from suite import stats
@@ -33,7 +34,8 @@ def plan_table(model: str, lines: Sequence[dict[str, Any]]) -> Table:
     table = Table("recipe", "budget", "knobs", "params", "bytes", "κ", "unused", title=f"Plans for {model}")
     for line in lines:
         if line["status"] != "ok":
-            table.add_row(line["recipe"], line["budget"], f"{line['status']}: {line['reason']}", *[""] * 4)
+            why = escape(f"{line['status']}: {line['reason']}")
+            table.add_row(escape(line["recipe"]), line["budget"], why, *[""] * 4)
             continue
         knobs = "; ".join(
             f"{stage}: " + ", ".join(f"{k}={_short(v)}" for k, v in knobs.items())
@@ -41,9 +43,9 @@ def plan_table(model: str, lines: Sequence[dict[str, Any]]) -> Table:
             if knobs
         )
         table.add_row(
-            line["recipe"],
+            escape(line["recipe"]),
             line["budget"],
-            knobs,
+            escape(knobs),
             f"{line['params']:,} ({line['params_ratio']:.2%})",
             f"{line['bytes']:,} ({line['bytes_ratio']:.2%})",
             f"{line['decoder_ratio']:.3f}",

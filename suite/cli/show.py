@@ -92,9 +92,9 @@ def methods(plugin: Plugins = None, as_json: Json = False) -> None:
                 line["family"],
                 ", ".join(line["acts_on"]) or "–",
                 ", ".join([*line["needs"], *_library(line)]) or "–",
-                knobs or "–",
-                line["source"],
-                line["defined_in"],
+                escape(knobs) or "–",
+                escape(line["source"]),
+                escape(line["defined_in"]),
             )
         output_console.print(table)
     for entry, why in broken_entry_points.items():

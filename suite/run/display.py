@@ -11,6 +11,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -62,7 +63,8 @@ class Display:
             style = _STYLES.get(cell.state, "dim")
             mark = Text(_MARKS[cell.state], style=style)
             bar = ProgressBar(total=1, completed=cell.share_done, width=20) if cell.state == "running" else ""
-            table.add_row(mark, cell.spec.recipe, str(cell.spec.budget), _status(cell), bar)
+            recipe, status = escape(cell.spec.recipe), escape(_status(cell))
+            table.add_row(mark, recipe, str(cell.spec.budget), status, bar)
         finished = sum(cell.finished for cell in self.cells)
         elapsed = time.monotonic() - self.started
         left = time_left(self.cells, elapsed)

@@ -193,6 +193,12 @@ def detectable(tiny: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def test_plan_names_the_extra_that_a_method_lacks(tiny: str, without: Callable[[str], None]) -> None:
+    without("optuna")
+    text = weighin("plan", "--model", tiny, "--recipe", "bolaco").stdout
+    assert "pip install 'weighin[search]'" in " ".join(text.replace("│", " ").split())
+
+
 def test_plan_says_which_difference_a_run_could_show(tiny: str) -> None:
     found = detectable(tiny)
     assert (found["tasks"], found["items"]) == (7, 2060)
