@@ -1,4 +1,4 @@
-"""Products of activations with packed integers, each by the fastest path that was measured here.
+"""Products of activations with packed integers or 2:4 weights, each by the fastest path measured here.
 
 The reference path dequantizes the matrix and multiplies. For a few rows, as in decoding, others can be
 faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
@@ -27,6 +27,7 @@ from suite.rebuilding import rebuilt
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
+    from suite.sparse_layers import SemiStructuredLinear
 
 FEW_ROWS = 16
 """Above, the reference path is taken unmeasured."""
@@ -34,6 +35,7 @@ FEW_ROWS = 16
 REFERENCE = "dequantize"
 SCALED = "scale the output"
 TILES = "torch int4"
+SPARSE = "torch 2:4"
 _BUCKETS = (1, 4, 16)
 _REPEATS = 3
 _MUST_GAIN = 0.8
@@ -58,21 +60,35 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     usable = paths(matrix, x.dtype, x.device)
     if len(usable) == 1:
         return dequantize(x, matrix, bias)
-    form = _form(matrix)
 
     def timed(path: Path) -> Callable[[Tensor], Tensor]:
         return lambda probe: path(probe, matrix, bias)
 
     calls = {name: timed(path) for name, path in usable.items()}
-    name, measured = _fastest(form, calls, x)
-    if measured and TILES not in {path for key, path in _chosen.items() if key.startswith(form)}:
+    name, measured = _fastest(matrix.form, calls, x)
+    if measured and TILES not in {path for key, path in _chosen.items() if key.startswith(matrix.form)}:
         matrix.lay_out_(tiled=False)  # measured, and not worth it at any number of rows so far
     return usable[name](x, matrix, bias)
 
 
-def rebuilds(matrix: PackedMatrix, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+def semi_structured_linear(x: Tensor, layer: SemiStructuredLinear, bias: Tensor | None) -> Tensor:
+    """`x @ Wᵀ + bias` for a 2:4 matrix, of any number of rows: what is sparse gains most with many."""
+    if x.numel() and layer.has_kernel and _free_to_choose(x):
+        calls = {
+            REFERENCE: lambda probe: functional.linear(probe, layer.dense(), bias),
+            SPARSE: lambda probe: functional.linear(probe, layer.in_torch_format(), bias),
+        }
+        name, _ = _fastest(layer.form, calls, x)
+        if name == SPARSE:
+            return calls[SPARSE](x)
+    return functional.linear(x, rebuilt(layer, layer.kept.dtype, layer.dense), bias)
+
+
+def rebuilds(
+    matrix: PackedMatrix | SemiStructuredLinear, rows: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether products of so many rows make the matrix dense: those that took no kernel in this process."""
-    return _chosen.get(_key(_form(matrix), rows, dtype, device), REFERENCE) in (REFERENCE, SCALED)
+    return _chosen.get(_key(matrix.form, rows, dtype, device), REFERENCE) in (REFERENCE, SCALED)
 
 
 def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
@@ -206,13 +222,6 @@ def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tens
     probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
     _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
     return _chosen[key], True
-
-
-def _form(matrix: PackedMatrix) -> str:
-    """All of a packed matrix that decides how fast a path is."""
-    zeros = "symmetric" if matrix.symmetric else "asymmetric"
-    group = "channel" if matrix.group == matrix.columns else f"group {matrix.group}"
-    return f"{matrix.bits} bits, {group}, {zeros}, {matrix.rows}×{matrix.columns}"
 
 
 def _bucket(rows: int) -> int:

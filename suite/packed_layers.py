@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,13 @@ class PackedMatrix(nn.Module):
     def logical_parameters(self) -> int:
         """Weights represented, whatever their width: packing leaves the parameter count alone."""
         return self.rows * self.columns
+
+    @property
+    def form(self) -> str:
+        """All of the matrix that decides how fast a path is."""
+        zeros = "symmetric" if self.symmetric else "asymmetric"
+        group = "channel" if self.group == self.columns else f"group {self.group}"
+        return f"{self.bits} bits, {group}, {zeros}, {self.rows}×{self.columns}"
 
     def _grid_argument(self) -> dict[str, Any]:
         # Left out where it is the default, so that specs from before there were others stay equal.
@@ -170,8 +177,6 @@ class PackedMatrix(nn.Module):
 @module_type("packed_linear")
 class PackedLinear(PackedMatrix):
     """A linear layer with packed weights, dequantized for the length of each call or read as they are."""
-
-    simulated: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
+from suite import kernels
 from suite.errors import InputError
 from suite.layers import default_dtype, module_type
 from suite.packing import pack, unpack
 from suite.rebuilding import rebuilt
 
 IndexFormat = Literal["bitmap", "2:4"]
+
+
+@functools.cache
+def _cutlass_order(rows: int, words: int, device: torch.device) -> Tensor:
+    order: Tensor = _calculate_meta_reordering_scatter_offsets(rows, words, torch.int16, device)
+    return order
 
 
 @functools.cache
@@ -151,12 +161,41 @@ class SparseLinear(SparseMatrix):
 class SemiStructuredLinear(SparseLinear):
     """A linear layer with two weights kept in every four consecutive inputs (2:4).
 
-    Simulated as to speed as well: torch's kernels for 2:4 want a layout of their own, and a second
-    resident copy of the values in it would be memory that no budget counts, so they are not used.
+    On CUDA torch's kernel is taken where it is faster than making the matrix dense (`suite.kernels`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         self._build(in_features, out_features, out_features * in_features // 2, "2:4", bias)
+
+    @property
+    def form(self) -> str:
+        """All of the matrix that decides how fast a path is."""
+        return f"2:4, {self.rows}×{self.columns}"
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether torch multiplies 2:4 matrices of this shape, dtype and device by instructions for them."""
+        if self.kept.dtype not in (torch.float16, torch.bfloat16) or self.kept.device.type != "cuda":
+            return False
+        whole = self.rows % 32 == 0 and self.columns % 64 == 0
+        return whole and torch.cuda.get_device_capability(self.kept.device) >= (8, 0)
+
+    def in_torch_format(self) -> Tensor:
+        """The matrix as torch's 2:4 tensor, which shares the values; the places are copied in its order.
+
+        Words of the index are torch's too, but in the order that a CUTLASS product reads them in.
+        """
+        words = self.index.view(torch.int16)
+        order = _cutlass_order(*words.shape, words.device)
+        placed = torch.empty_like(words).flatten().scatter_(0, order, words.flatten()).reshape(words.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prototype, says torch
+            return SparseSemiStructuredTensorCUTLASS(
+                torch.Size((self.rows, self.columns)), self.kept.detach(), placed, None, None, None
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.semi_structured_linear(x, self, self.bias)
 
     def arguments(self) -> dict[str, Any]:
         return {key: value for key, value in super().arguments().items() if key != "nonzeros"}

@@ -1,7 +1,7 @@
 """Which part of a model only imitates its format: dense weights are rebuilt for each call.
 
 Such a module saves bytes at rest, but its speed is that of the imitation, not of the format. A packed
-linear may have a path of its own for the few rows of decoding, and imitates for the many of prefill.
+linear may have a path of its own for the few rows of decoding, and imitate for the many of prefill.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
 from suite.packed_layers import PackedMatrix
+from suite.sparse_layers import SemiStructuredLinear
 
 
-def simulated_share(
-    model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int | None = None
-) -> float:
+def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int) -> float:
     """Share of the parameters of the blocks' linears in modules with a truthy attribute `simulated`.
 
-    With `rows`, packed linears do not count whose products of so few rows took a kernel so far.
+    Linears do not count whose products of so many `rows` took a kernel so far.
     """
 
     def imitates(module: nn.Module) -> bool:
-        if rows is not None and isinstance(module, PackedMatrix):
+        if isinstance(module, PackedMatrix | SemiStructuredLinear):
             return kernels.rebuilds(module, rows, model.dtype, model.device)
         return bool(getattr(module, "simulated", False))
 

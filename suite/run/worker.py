@@ -175,8 +175,10 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     with report.stage("speed"), peak_memory(spec.device) as peak:
         prefill = speed.prefill(model, protocol.speed)
         decode = speed.decode(model, protocol.speed)
-        simulated = simulated_share(model, entries, layout_of(model.config))
-        simulated_decode = simulated_share(model, entries, layout_of(model.config), rows=1)
+        shapes, layout = protocol.speed, layout_of(model.config)
+        together = shapes.prefill_batch * shapes.prefill_length
+        simulated = simulated_share(model, entries, layout, rows=together)
+        simulated_decode = simulated_share(model, entries, layout, rows=1)
     if protocol.dtype != "native":
         model = model.to(getattr(torch, protocol.dtype))
     with report.stage("perplexity"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from suite import kernels
 from suite.errors import CellFailed, InputError
 from suite.layers import spec_of
 from suite.measure.ledger import ledger, total_disk, total_params
@@ -133,3 +136,56 @@ def test_positions_in_another_order_say_more_than_places_and_are_refused() -> No
     sparse.index.fill_(0b0001)  # positions 1 and 0
     with pytest.raises(CellFailed, match="under-counted"):
         audit.counted_honestly(sparse, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 64), (96, 128), (64, 576)])
+def test_torch_reads_two_of_four_where_it_stands(rows: int, columns: int, dtype: torch.dtype) -> None:
+    sparse, _ = made(nn.Linear(columns, rows, dtype=dtype), SemiStructuredLinear)
+    assert isinstance(sparse, SemiStructuredLinear)
+    seen = sparse.in_torch_format()
+    assert torch.equal(seen.to_dense(), sparse.dense())
+    assert seen.packed.data_ptr() == sparse.kept.data_ptr()
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The path that seems the fastest, as the list's only entry; every layer seems to have a kernel."""
+    path = [kernels.SPARSE]
+    monkeypatch.setattr(SemiStructuredLinear, "has_kernel", True)
+    monkeypatch.setattr(SemiStructuredLinear, "in_torch_format", lambda self: 2 * self.dense())
+    monkeypatch.setattr(kernels, "_measure", lambda calls, probe: path[0])
+    kernels.forget()
+    yield path
+    kernels.forget()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_sparse_kernel_is_taken_where_it_is_faster(rows: int, chosen: list[str]) -> None:
+    sparse, _ = made(nn.Linear(64, 32, bias=False), SemiStructuredLinear)
+    assert isinstance(sparse, SemiStructuredLinear)
+    x = torch.randn(rows, 64)
+    dense = x @ sparse.dense().t()
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), 2 * dense)
+        assert not kernels.rebuilds(sparse, rows, x.dtype, x.device)
+        kernels.forget()
+        chosen[0] = kernels.REFERENCE
+        torch.testing.assert_close(sparse(x), dense)
+        assert kernels.rebuilds(sparse, rows, x.dtype, x.device)
+    torch.testing.assert_close(sparse(x), dense)  # with gradients there is no choice
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_gpu_multiplies_two_of_four(rows: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    sparse, _ = made(nn.Linear(128, 96, dtype=torch.bfloat16), SemiStructuredLinear)
+    sparse, x = sparse.cuda(), torch.randn(rows, 128, dtype=torch.bfloat16, device="cuda")
+    assert isinstance(sparse, SemiStructuredLinear)
+    assert sparse.has_kernel
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, sparse.dense(), sparse.bias)
+        found = torch.nn.functional.linear(x, sparse.in_torch_format(), sparse.bias)
+    assert kernels.agrees(found, expected)

@@ -13,7 +13,7 @@ from suite.models.layouts import layout_of
 
 
 def share(model: tiny.PreTrainedModel) -> float:
-    return simulated_share(model, ledger(model), layout_of(model.config))
+    return simulated_share(model, ledger(model), layout_of(model.config), rows=64)
 
 
 def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
@@ -23,15 +23,19 @@ def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
     assert share(model) == 0
 
 
-def test_every_linear_of_a_class_marked_simulated_counts(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("suite.packed_layers.PackedLinear.simulated", True)
+@pytest.mark.parametrize("recipe", ["svd(share=0.5)+rtn-int4(embedding=8)", "magnitude(pattern=2:4)"])
+def test_every_linear_that_rebuilds_its_weight_counts(family: str, recipe: str) -> None:
     model = tiny.build(family)
-    tiny.compress(model, "svd(share=0.5)+rtn-int4(embedding=8)")
+    tiny.compress(model, recipe)
     biases = 1 - share(model)
     assert 0 <= biases < 0.05
-    monkeypatch.setattr("suite.packed_layers.PackedLinear.simulated", False)
+
+
+def test_linears_of_a_class_marked_simulated_count(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(family)
+    tiny.compress(model, "magnitude(sparsity=0.5)")
+    assert 1 - share(model) < 0.05
+    monkeypatch.setattr("suite.sparse_layers.SparseLinear.simulated", False)
     assert share(model) == 0
 
 
