@@ -16,6 +16,8 @@ POWER = 0.7
 """p of the norm that errors are measured in."""
 STRENGTH, GROWTH = 10.0, 1.01
 ITERATIONS = 20
+WEIGHTS_AT_ONCE = 1 << 18
+"""Groups are solved one by one; so many weights stay in the caches, which whole matrices do not."""
 
 
 class HalfQuadratic(Quantizer[QuantizerConfig]):
@@ -33,11 +35,14 @@ class HalfQuadratic(Quantizer[QuantizerConfig]):
         return super().format(bits, columns) | {"symmetric": False, "grid": "float-zero"}
 
     def pack(self, matrix: PackedMatrix, weight: Tensor) -> None:
-        blocks = grouped(weight.detach(), matrix.group)
         filled = grouped(torch.ones(1, matrix.columns, device=weight.device), matrix.group)
-        scales, zeros = half_quadratic(blocks, filled, matrix.bits)
-        codes = codes_by(blocks, scales, zeros, matrix.bits)
-        matrix.store_(ungrouped(codes, matrix.columns), scales, zeros)
+        parts = []
+        for rows in weight.detach().split(max(1, WEIGHTS_AT_ONCE // matrix.columns)):
+            blocks = grouped(rows, matrix.group)
+            scales, zeros = half_quadratic(blocks, filled, matrix.bits)
+            codes = codes_by(blocks, scales, zeros, matrix.bits)
+            parts.append((ungrouped(codes, matrix.columns), scales, zeros))
+        matrix.store_(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

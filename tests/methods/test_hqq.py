@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.hqq import codes_by, half_quadratic
+from methods.hqq import HqqInt4, codes_by, half_quadratic
 from suite.conformance import tiny
 from suite.grids import codes_on, grouped, range_grid, values_of
 from suite.models.anatomy import anatomy_of
-from suite.packed_layers import PackedLinear
+from suite.packed_layers import PackedLinear, PackedMatrix
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 40), st.integers(1, 48), st.integers(0, 999))
@@ -49,3 +49,16 @@ def test_the_model_holds_the_zeros_as_float16_and_stays_near(family: str, recipe
             packed = model.get_submodule(line.path)
             assert isinstance(packed, PackedLinear)
             assert packed.zeros.dtype == torch.float16
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+def test_rows_are_solved_by_themselves(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    packed = []
+    for at_once in (1 << 18, 2 * columns, 1):
+        monkeypatch.setattr("methods.hqq.WEIGHTS_AT_ONCE", at_once)
+        matrix = PackedMatrix(5, columns, 4, 32, symmetric=False, grid="float-zero")
+        HqqInt4(HqqInt4.Config()).pack(matrix, weight)
+        packed.append(matrix.state_dict())
+    for other in packed[1:]:
+        assert all(torch.equal(other[name], packed[0][name]) for name in packed[0])
