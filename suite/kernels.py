@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from suite.packing import product_with_tiles
-from suite.rebuilding import rebuilt
+from suite.rebuilding import kept_weight
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
@@ -44,6 +44,12 @@ _MUST_GAIN = 0.8
 _EXACT_COLUMNS = 1024
 """Sums of so many products of two 8-bit integers stay below 2²⁴, so float32 holds them exactly."""
 
+_AT_ONCE = 1 << 20
+"""Weights that a processor rebuilds at a time: larger tensors get fresh memory from the system each time."""
+
+_ROWS_OF_TILES = 64
+"""Rows that start a part start a tile, too."""
+
 _VECTOR = 32
 """torch's int8 kernel reads whole vectors without looking where a row ends (seen: a crash at 21)."""
 
@@ -56,7 +62,9 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
     rows = x.numel() // max(x.shape[-1], 1)
     if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
-        return functional.linear(x, rebuilt(matrix, x.dtype, lambda: matrix.dequantize(x.dtype)), bias)
+        shape = (matrix.rows, matrix.columns)
+        kept = kept_weight(matrix, shape, x.dtype, lambda: matrix.dequantize(x.dtype))
+        return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
     usable = paths(matrix, x.dtype, x.device)
     if len(usable) == 1:
         return dequantize(x, matrix, bias)
@@ -81,7 +89,7 @@ def semi_structured_linear(x: Tensor, layer: SemiStructuredLinear, bias: Tensor 
         name, _ = _fastest(layer.form, calls, x)
         if name == SPARSE:
             return calls[SPARSE](x)
-    return functional.linear(x, rebuilt(layer, layer.kept.dtype, layer.dense), bias)
+    return functional.linear(x, layer.kept_or_dense(), bias)
 
 
 def rebuilds(
@@ -107,8 +115,16 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """The reference: the whole matrix in the dtype of `x`, for the length of the call."""
-    return functional.linear(x, matrix.dequantize(x.dtype), bias)
+    """The reference: the matrix in the dtype of `x`, for the length of the call or in parts of that."""
+    rows = max(_ROWS_OF_TILES, _AT_ONCE // matrix.columns // _ROWS_OF_TILES * _ROWS_OF_TILES)
+    if rows >= matrix.rows or x.device.type != "cpu":
+        return functional.linear(x, matrix.dequantize(x.dtype), bias)
+    products = []
+    for start in range(0, matrix.rows, rows):
+        part = slice(start, start + rows)
+        weight = matrix.dequantize(x.dtype, part)
+        products.append(functional.linear(x, weight, None if bias is None else bias[part]))
+    return torch.cat(products, -1)
 
 
 def scale_output(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
@@ -161,9 +177,12 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
 def float_product(left: Tensor, right: Tensor) -> Tensor:
     """The exact integer product by float32 multiplications, a slice of the columns at a time."""
     total = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
+    rows = _AT_ONCE // _EXACT_COLUMNS if left.device.type == "cpu" else max(1, len(right))
     for start in range(0, left.shape[1], _EXACT_COLUMNS):
         part = slice(start, start + _EXACT_COLUMNS)
-        total += (left[:, part].float() @ right[:, part].float().t()).to(torch.int32)
+        wide = left[:, part].float()
+        for some, into in zip(right.split(rows), total.split(rows, -1), strict=True):
+            into += (wide @ some[:, part].float().t()).to(torch.int32)
     return total
 
 

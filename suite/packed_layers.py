@@ -100,15 +100,13 @@ class PackedMatrix(nn.Module):
         elif not self.symmetric:
             self.zeros.copy_(pack(cast(Tensor, zeros).to(torch.uint8), self.bits))
 
-    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """The matrix (or the chosen rows of it) in `dtype`."""
-        scales = self.scales if rows is None else self.scales[rows]
-        if self.tiled and rows is None:
-            values = unpack_tiles_as(self.packed, self._levels(), dtype)
+    def dequantize(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The matrix (or the chosen rows of it) in `dtype`; a slice starts and ends with whole tiles."""
+        scales = self.scales[rows]
+        if self.tiled and isinstance(rows, slice):
+            values = unpack_tiles_as(self.packed[rows], self._levels(), dtype)
         else:
-            packed = self.packed
-            if rows is not None:
-                packed = rows_of_tiles(packed, rows) if self.tiled else packed[rows]
+            packed = rows_of_tiles(self.packed, cast(Tensor, rows)) if self.tiled else self.packed[rows]
             values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
@@ -116,7 +114,7 @@ class PackedMatrix(nn.Module):
         values = functional.pad(values, (0, padding)) if padding else values
         values = values.reshape(-1, groups, self.group)
         if not self.symmetric:
-            zeros = self.zeros if rows is None else self.zeros[rows]
+            zeros = self.zeros[rows]
             if self.grid != "float-zero":
                 zeros = unpack(zeros, self.bits, groups)
             values = values - zeros.to(dtype).unsqueeze(-1)

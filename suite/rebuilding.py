@@ -40,14 +40,16 @@ def rebuilt_once(room: int = KEPT_BYTES) -> Iterator[None]:
         _kept = outer
 
 
-def rebuilt(module: nn.Module, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
-    """The dense weight of `module` in `dtype` that `build` gives, or gave before; anew with gradients."""
+def kept_weight(
+    module: nn.Module, shape: tuple[int, int], dtype: torch.dtype, build: Callable[[], Tensor]
+) -> Tensor | None:
+    """The dense weight of `module` that `build` gives, or gave before; None where none is kept."""
     if _kept is None or torch.is_grad_enabled():
-        return build()
-    if (module, dtype) in _kept.weights:
-        return _kept.weights[module, dtype]
-    weight = build()
-    if weight.nbytes <= _kept.room:
-        _kept.room -= weight.nbytes
-        _kept.weights[module, dtype] = weight
-    return weight
+        return None
+    if (module, dtype) not in _kept.weights:
+        size = shape[0] * shape[1] * dtype.itemsize
+        if size > _kept.room:
+            return None
+        _kept.room -= size
+        _kept.weights[module, dtype] = build()
+    return _kept.weights[module, dtype]

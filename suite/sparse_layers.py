@@ -21,7 +21,7 @@ from suite import kernels
 from suite.errors import InputError
 from suite.layers import default_dtype, module_type
 from suite.packing import pack, unpack
-from suite.rebuilding import rebuilt
+from suite.rebuilding import kept_weight
 
 IndexFormat = Literal["bitmap", "2:4"]
 
@@ -113,6 +113,11 @@ class SparseMatrix(nn.Module):
         empty = torch.zeros(self.rows, self.columns, dtype=self.kept.dtype, device=self.kept.device)
         return empty.masked_scatter(self.places(), self.kept)
 
+    def kept_or_dense(self) -> Tensor:
+        """The same, from an earlier call where `suite.rebuilding` keeps it."""
+        kept = kept_weight(self, (self.rows, self.columns), self.kept.dtype, self.dense)
+        return self.dense() if kept is None else kept
+
 
 @module_type("sparse_linear")
 class SparseLinear(SparseMatrix):
@@ -154,7 +159,7 @@ class SparseLinear(SparseMatrix):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, rebuilt(self, self.kept.dtype, self.dense), self.bias)
+        return functional.linear(x, self.kept_or_dense(), self.bias)
 
 
 @module_type("semi_structured_linear")

@@ -24,7 +24,9 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("widened")
-def test_products_are_those_of_float32_rounded_once() -> None:
+@pytest.mark.parametrize("at_once", [bfloat16.WIDENED_AT_ONCE, 5 * 48, 1])
+def test_products_are_those_of_float32_rounded_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "WIDENED_AT_ONCE", at_once)
     rows, weight, bias = random(16, 48), random(32, 48), random(32)
     exact = functional.linear(rows.float(), weight.float(), bias.float())
     assert torch.equal(functional.linear(rows, weight, bias), exact.bfloat16())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,30 @@ def test_the_torch_kernel_is_kept_from_rows_that_end_inside_a_vector() -> None:
     for rows, columns in ((37, 32), (32, 21), (32, 48)):
         matrix = packed(rows, columns, 8, columns, True, torch.bfloat16)
         assert "torch int8" not in kernels.paths(matrix, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("bits", "group", "columns"), [(4, 32, 64), (3, 64, 70), (8, 64, 64)])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_matrix_is_rebuilt_in_parts(
+    bits: int, group: int, columns: int, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, x = packed(192, columns, bits, group, True, torch.float32), activations(3, columns, torch.float32)
+    if tiled and not matrix.can_be_tiled:
+        pytest.skip("no tiles of this format here")
+    matrix.lay_out_(tiled)
+    whole = kernels.dequantize(x, matrix, matrix.bias)
+    sizes: list[int] = []
+    real = type(matrix).dequantize
+
+    def dequantize(self: PackedLinear, *arguments: Any) -> Tensor:
+        values = real(self, *arguments)
+        sizes.append(len(values))
+        return values
+
+    monkeypatch.setattr(PackedLinear, "dequantize", dequantize)
+    monkeypatch.setattr(kernels, "_AT_ONCE", 128 * columns + 1)
+    torch.testing.assert_close(kernels.dequantize(x, matrix, matrix.bias), whole)
+    assert sizes == [128, 64]
 
 
 needs_tiles = pytest.mark.skipif(not tile_width(), reason="torch's 4-bit kernel has no known tiles here")
@@ -305,14 +330,15 @@ def test_logits_for_the_audit_and_compression_are_made_by_the_reference(
     assert set(kernels.chosen().values()) == {"scale the output"}
 
 
-@given(SIZES, SIZES, st.integers(1, 3000), SEEDS)
-def test_integer_products_are_exact(left: int, right: int, columns: int, seed: int) -> None:
+@given(SIZES, SIZES, st.integers(1, 3000), SEEDS, st.sampled_from([1 << 20, 10 << 10]))
+def test_integer_products_are_exact(left: int, right: int, columns: int, seed: int, at_once: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Nearly all of one sign, so that sums pass what float32 holds exactly.
     a = torch.randint(100, 128, (left, columns), generator=generator).to(torch.int8)
     b = torch.randint(-128, -99, (right, columns), generator=generator).to(torch.int8)
     expected = (a.long() @ b.long().t()).to(torch.int32)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_AT_ONCE", at_once)
         assert torch.equal(kernels.float_product(a, b), expected)
         assert torch.equal(kernels.integer_product(a, b), expected)
 
