@@ -29,7 +29,7 @@ _kept: _Kept | None = None
 def rebuilt_once(room: int = KEPT_BYTES) -> Iterator[None]:
     """Keep up to `room` bytes of rebuilt weights inside the `with`, in which no weight may change.
 
-    The products are the same to the bit, only sooner. Layers that no longer fit are rebuilt as ever.
+    The products are the same, only sooner. Layers that no longer fit are rebuilt as ever.
     """
     global _kept
     outer = _kept
