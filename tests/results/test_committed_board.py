@@ -33,9 +33,10 @@ def test_every_cell_makes_its_weight_and_matches_its_plan(record: Record) -> Non
     stages = Recipe.parse(record.spec.recipe).stages
     if any(stage.adaptive for stage in stages):
         if any(stage.acts_on == {"bytes"} for stage in stages):
-            # A quantizer packs other shapes than were planned, and gives back what that leaves idle.
+            # A quantizer packs other shapes than were planned: half a percent of the budget is left for
+            # those that take more bytes, and what others leave idle is given back.
             assert 0.997 * planned.params <= measured.sizes.params <= 1.05 * planned.params
-            assert 0.9 * planned.bytes_disk <= measured.sizes.bytes_disk <= 1.001 * planned.bytes_disk
+            assert 0.9 * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk / 0.995
         else:
             assert 0.997 * planned.params <= measured.sizes.params <= planned.params
             assert 0.997 * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk
