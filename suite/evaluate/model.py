@@ -30,7 +30,7 @@ TOKENS_PER_BATCH = 512
 TOKENS_PER_BATCH_ACCELERATOR = 16384
 _GENERATION_TOKENS = 8192  # a decoding step costs the same for one row and for several
 _LARGEST_TREE = 512
-# A head that is packed or widened is unpacked anew for each product, which costs as much as 100 rows of it.
+# A widened head is widened anew for each product, which costs as much as a dozen rows of it (measured).
 _LOGITS_AT_ONCE = 1 << 25
 _LOGITS_IN_CACHE = 1 << 22
 _ROWS_OF_ROLLING = 1 << 20
