@@ -4,12 +4,20 @@ Importing this package teaches `AutoModelForCausalLM.from_pretrained` to read co
 """
 
 import logging
-from importlib import metadata
+from importlib import import_module, metadata
+from types import ModuleType
+
+from wrapt import when_imported
 
 # transformers imports torchao where it is installed, which warns of kernels for other machines.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-from suite import checkpoint as checkpoint  # noqa: E402
+
+# Deferred until transformers can read models at all: `weighin --help` needs neither it nor torch.
+@when_imported("transformers.models.auto.modeling_auto")
+def _teach(_: ModuleType) -> None:
+    import_module("suite.checkpoint")
+
 
 __version__ = metadata.version("weighin")

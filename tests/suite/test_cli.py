@@ -252,6 +252,18 @@ def test_inspect_adds_up_to_the_file(tiny: str) -> None:
     assert sum(module["params"] for module in result["modules"]) == result["total"]["params"]
 
 
+def test_help_comes_before_the_libraries_that_take_seconds_to_import() -> None:
+    script = """
+import sys
+from suite.cli import app
+app(["board", "--help"], standalone_mode=False)
+print(*({"torch", "transformers", "pandas", "scipy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "board [OPTIONS]" in done.stdout
+    assert done.stdout.splitlines()[-1] == ""
+
+
 @pytest.mark.slow
 def test_workers_do_not_outlive_a_run_that_is_asked_to_end(tiny: str, tmp_path: Path) -> None:
     protocol = tmp_path / "tiny.yaml"
