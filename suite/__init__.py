@@ -14,10 +14,10 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-# Deferred until transformers can read models at all: `weighin --help` needs neither it nor torch.
+# Only once transformers itself can read models: `weighin --help` waits for neither it nor torch.
 @when_imported("transformers.models.auto.modeling_auto")
 def _teach(_: ModuleType) -> None:
-    import_module("suite.checkpoint")
+    import_module("suite.quantizer")
 
 
 __version__ = metadata.version("weighin")

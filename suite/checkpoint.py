@@ -1,8 +1,7 @@
 """Compressed checkpoints: the dense config plus a surgery list, in safetensors.
 
 The surgery list (module path -> registered type and arguments) is stored as `quantization_config`
-in `config.json`. Once `suite` is imported, plain `AutoModelForCausalLM.from_pretrained(folder)`
-rebuilds the modules on the meta device before the weights load.
+in `config.json`, where `suite.quantizer` finds it.
 """
 
 from __future__ import annotations
@@ -13,17 +12,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from suite.errors import InputError
 from suite.layers import ModuleSpec, replace, spec_of
 from suite.measure.ledger import tensor_bytes
 from suite.models import sliced as sliced  # registers its module types
 from suite.models.load import forget_quantization
-
-QUANT_METHOD = "weighin"
+from suite.quantizer import SurgeryConfig
 
 
 def surgery_of(model: nn.Module) -> dict[str, ModuleSpec]:
@@ -45,37 +40,6 @@ def perform(model: PreTrainedModel, surgery: dict[str, ModuleSpec]) -> None:
         bind = getattr(module, "bind", None)
         if callable(bind) and spec_of(module) is not None:
             bind(model)
-
-
-@register_quantization_config(QUANT_METHOD)
-class SurgeryConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed checkpoint."""
-
-    def __init__(self, surgery: dict[str, Any] | None = None, **_: Any):
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.surgery = surgery or {}
-
-    def specs(self) -> dict[str, ModuleSpec]:
-        """The surgery list, validated."""
-        return {path: ModuleSpec.model_validate(entry) for path, entry in self.surgery.items()}
-
-
-@register_quantizer(QUANT_METHOD)
-class SurgeryQuantizer(HfQuantizer):
-    """Rebuilds the modules of a compressed checkpoint before its weights load."""
-
-    quantization_config: SurgeryConfig
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        perform(model, self.quantization_config.specs())
-        return model
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
