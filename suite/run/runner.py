@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -121,11 +120,20 @@ class Grid:
 
     def run(self, listener: Listener = lambda cell: None) -> None:
         """Compute the missing cells. A cell that crashes is recorded as failed; the others go on."""
-        missing = [cell for cell in self.cells if not cell.finished]
+        alike: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.cells:
+            if not cell.finished:
+                key = (cell.spec.model_dump_json(exclude={"budget"}), repr(cell.record.planned))
+                alike.setdefault(key, []).append(cell)
         stop = threading.Event()
-        runner = partial(self._run_cell, listener=listener, stop=stop)
+
+        def run_in_turn(cells: Sequence[Cell]) -> None:
+            for cell in cells:
+                self._run_cell(cell, listener, stop)
+
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            futures = [pool.submit(runner, cell) for cell in missing]
+            # Cells that may share a checkpoint never run side by side: the later ones are copied.
+            futures = [pool.submit(run_in_turn, cells) for cells in alike.values()]
             try:
                 for future in futures:
                     future.result()

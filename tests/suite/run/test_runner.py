@@ -98,7 +98,7 @@ def test_kept_checkpoints_load_with_plain_transformers(track: Track, tmp_path: P
 def test_a_checkpoint_that_two_budgets_lead_to_is_measured_once(track: Track, tmp_path: Path) -> None:
     budgets = ("bytes=0.7", "bytes=0.69", "bytes=0.5")
     track = track.model_copy(update={"recipes": ("rtn-int8", "svd"), "budgets": budgets})
-    grid = run(track, tmp_path)
+    grid = run(track, tmp_path, jobs=2)
     found = {(cell.spec.recipe, str(cell.spec.budget)): cell.record for cell in grid.cells}
     first, second = found["rtn-int8", "bytes=0.7"], found["rtn-int8", "bytes=0.69"]
     assert second == first.model_copy(update={"spec": second.spec, "measured_at": "bytes=0.7"})
