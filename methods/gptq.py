@@ -89,6 +89,7 @@ class Gptq(Quantizer[GptqConfig]):
                     module = packed_like(linear, specs[prefix + path])
                     module.store_(*part)
                     replace(model, prefix + path, module)
+                block.settle(step)
         found = {"damping_raised": raised, "rounded_to_nearest": fallbacks, "dead_columns": dead}
         return {note: count for note, count in found.items() if count}
 

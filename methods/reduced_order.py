@@ -254,19 +254,16 @@ class _Work:
         if self.config.metric == "loss":
             moments, _ = pull_back(block, self.gradients[block.index])
         for group in self._groups(block):
-            if not chosen.keys() & set(group):
-                continue
-            inputs = Inputs.of_all(block, [group[0]], self.config.centred)[group[0]]
-            for path in chosen.keys() & set(group):
+            if reduced := chosen.keys() & set(group):
+                inputs = Inputs.of_all(block, [group[0]], self.config.centred)[group[0]]
+            for path in reduced:
                 linear = _linear(block, path)
                 metric = _metric(moments[path])[0] if moments else None
                 projection = self._project(block, path, inputs, metric)
                 before[prefix + path] = linear
-                replace(
-                    self.model,
-                    prefix + path,
-                    factors_of(linear, projection, chosen[path], inputs.mean),
-                )
+                factors = factors_of(linear, projection, chosen[path], inputs.mean)
+                replace(self.model, prefix + path, factors)
+            block.settle(group)
         return before
 
 

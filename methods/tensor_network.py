@@ -333,17 +333,17 @@ class _Work:
         prefix = f"{block.path}."
         groups = anatomy_groups(self.model)
         for line in self.linears[block.index]:
-            if rungs is not None and not rungs[line.path].bonds:
-                continue
             path = line.path.removeprefix(prefix)
             first = groups.get(path, path)
-            if first not in inputs:
-                inputs[first] = block.second_moment(first)
-            if path not in gradients:
-                yield line, Importance(inputs[first]), 1.0
-                continue
-            outputs, scale = _damped(gradients[path])
-            yield line, Importance(inputs[first], outputs), scale / (2 * self.sensed.numel() ** 2)
+            if rungs is None or rungs[line.path].bonds:
+                if first not in inputs:
+                    inputs[first] = block.second_moment(first)
+                if path in gradients:
+                    outputs, scale = _damped(gradients[path])
+                    yield line, Importance(inputs[first], outputs), scale / (2 * self.sensed.numel() ** 2)
+                else:
+                    yield line, Importance(inputs[first]), 1.0
+            block.settle([path])
 
 
 def anatomy_groups(model: PreTrainedModel) -> dict[str, str]:

@@ -70,6 +70,8 @@ class SvdLlm(TruncatedSvd):
                     if met is not None:
                         left = refitted(linear.weight, left, right, met)
                     replace(model, prefix + path, LowRankLinear.from_factors(left, right, linear))
+                for block in compressed:
+                    block.settle(group)
         return None
 
 

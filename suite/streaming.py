@@ -7,9 +7,10 @@ while it stands there; the next block is fed what the changed one gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class BlockOnStream:
     """The other arguments of the block's forward, by batch."""
     advanced: bool = False
     """Whether the inputs are the next block's already."""
+    _settled: set[str] = field(default_factory=set)
+    _outputs: dict[str, dict[int, Any]] = field(default_factory=dict)
+
+    def settle(self, paths: Iterable[str]) -> None:
+        """Say that the submodules at `paths`, and all that runs before them, will not change any more.
+
+        Later passes remember what these gave: linears compressed one after another then take together
+        little more than one pass over the block.
+        """
+        self._settled.update(paths)
 
     @torch.no_grad()
     def observe(self, watched: Mapping[str, Callable[[Tensor], None]], advance: bool = False) -> None:
@@ -78,18 +89,54 @@ class BlockOnStream:
             self.module.get_submodule(path).register_forward_pre_hook(partial(hook, path), with_kwargs=True)
             for path in watched
         ]
+        # What is remembered as a whole from now on still needs its parts, this once.
+        remembered = {path: self._outputs.get(path, {}) for path in self._largest_settled(watched)}
+        wholes = tuple(f"{path}." for path in remembered)
+        parts = {path: outputs for path, outputs in self._outputs.items() if path.startswith(wholes)}
         try:
             with rebuilt_once():
                 for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
                     left.update(watched)
-                    with suppress(_Enough):
+                    with suppress(_Enough), self._remembering(parts | remembered, position):
                         output = self.module(hidden, **arguments)
                         if advance:
                             self.inputs[position] = output
         finally:
             for handle in handles:
                 handle.remove()
+        self._outputs = {} if advance else remembered
         self.advanced = self.advanced or advance
+
+    def _largest_settled(self, watched: Iterable[str]) -> list[str]:
+        """Paths of the settled submodules, of wholes where all parts are, with nothing `watched` inside."""
+
+        def is_settled(path: str, module: nn.Module) -> bool:
+            if path in self._settled:
+                return True
+            tensors = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+            parts = module.named_children()
+            return next(tensors, None) is None and all(is_settled(f"{path}.{n}", part) for n, part in parts)
+
+        found: list[str] = []
+        for path, module in self.module.named_modules():
+            inside = f"{path}."
+            if not any(f"{settled}.".startswith(inside) for settled in self._settled):
+                continue
+            if path.startswith(tuple(f"{whole}." for whole in found)):
+                continue
+            if path and not any(w.startswith(inside) for w in watched) and is_settled(path, module):
+                found.append(path)
+        return found
+
+    @contextmanager
+    def _remembering(self, remembered: Mapping[str, dict[int, Any]], position: int) -> Iterator[None]:
+        """Let the submodules that are `remembered` run for the batch at `position` but once."""
+        with ExitStack() as stack:
+            for path, outputs in remembered.items():
+                module = self.module.get_submodule(path)
+                once = partial(_once, outputs, position, module.forward)
+                stack.enter_context(_instead([module], once))
+            yield
 
     def second_moment(self, path: str) -> Tensor:
         """C = Σ x xᵀ (features × features, float64) of the inputs of the submodule at `path`."""
@@ -125,19 +172,32 @@ class BlockOnStream:
         self.observe({path: partial(add, path) for path in paths}, advance)
         return {path: InputStatistics(moments[path], sizes[path] / counts[path]) for path in moments}
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Replace the inputs by what the block, as it now is, makes of them."""
-        with rebuilt_once():
-            for position, (hidden, arguments) in enumerate(zip(self.inputs, self.arguments, strict=True)):
-                self.inputs[position] = self.module(hidden, **arguments)
-        self.advanced = True
+        self.observe({}, advance=True)
+
+
+def _once(
+    outputs: dict[int, Any], position: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What `forward` gave at `position`, or gives now."""
+    if position not in outputs:
+        outputs[position] = forward(*args, **kwargs)
+    return outputs[position]
 
 
 def second_moment(value: Tensor) -> Tensor:
     """Σ x xᵀ of rows (tokens × features) as float64, multiplied in at least float32."""
     wide = value if value.dtype == torch.float64 else value.float()
-    return (wide.T @ wide).double()
+    size = wide.shape[1]
+    moment = wide.new_empty(size, size)
+    # It is symmetric: four strips, each from the diagonal on, are five eighths of the arithmetic.
+    strip = max(1, -(-size // 4))
+    for start in range(0, size, strip):
+        stop = start + strip
+        moment[start:stop, start:] = wide[:, start:stop].T @ wide[:, start:]
+        moment[stop:, start:stop] = moment[start:stop, stop:].T
+    return moment.double()
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """Streaming gives every block what the model itself gives it."""
 
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
 from suite.conformance import tiny
 from suite.models.anatomy import anatomy_of
@@ -69,6 +72,44 @@ def test_one_pass_observes_and_advances(family: str) -> None:
             assert torch.equal(ours, theirs)
         assert second.advanced
     assert len(calls) == 3 * anatomy_of(model).n_blocks
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_settled_linears_run_once_a_batch_and_give_the_same(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, remembering = tiny.build(family), tiny.build(family)
+    groups = layout_of(plain.config).groups
+    run: list[nn.Module] = []
+    own = nn.Linear.forward
+
+    def forward(self: nn.Linear, value: torch.Tensor) -> torch.Tensor:
+        run.append(self)
+        return own(self, value)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    for first, second in zip(*(stream(m, TOKENS, batch_size=2) for m in (plain, remembering)), strict=True):
+        linears = [second.module.get_submodule(path) for group in groups for path in group]
+        run.clear()
+        for group in groups:
+            expected, found = first.second_moment(group[0]), second.second_moment(group[0])
+            assert torch.equal(found, expected)
+            for path, block in itertools.product(group, (first, second)):
+                with torch.no_grad():
+                    block.module.get_submodule(path).weight.mul_(0.5)
+            second.settle(group)
+        for block in (first, second):
+            block.advance()
+        assert all(map(torch.equal, second.inputs, first.inputs))
+        assert [run.count(linear) for linear in linears] == [3] * len(linears)
+
+
+def test_what_is_observed_inside_a_settled_module_is_run_for_it() -> None:
+    for block in stream(tiny.build("llama"), TOKENS, batch_size=2):
+        block.settle(["self_attn", "mlp.gate_proj"])
+        expected = block.second_moment("self_attn.o_proj")
+        block.second_moment("mlp.down_proj")
+        assert torch.equal(block.second_moment("self_attn.o_proj"), expected)
 
 
 def test_with_nothing_to_observe_a_block_advances_all_the_same() -> None:
