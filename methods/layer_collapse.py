@@ -107,7 +107,10 @@ def merge(stack: Stack, first: int, count: int, variant: Variant) -> Stack:
 
 
 class _Trials:
-    """Tentative merges, judged without changing the model; every stack of layers is judged once."""
+    """Tentative merges, judged without changing the model; every stack of layers is judged once.
+
+    What enters each block of the dense model is held, as a merge leaves the blocks before it as they are.
+    """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, count: int, config: LaCoConfig):
         self.model, self.tokens, self.count, self.config = model, tokens, count, config
@@ -115,6 +118,9 @@ class _Trials:
         self.depth = len(self.blocks)
         self.known: dict[Stack, float] = {}
         self.dense = tuple(Layer(block, ((block, 1),)) for block in range(self.depth))
+        self.entered = [self.blocks[0].inputs]
+        for block in self.blocks:
+            self.entered.append(through(block, self.entered[-1]))
         self.expected = self._final(self.dense)
 
     def walk(self, threshold: float) -> Stack:
@@ -149,8 +155,9 @@ class _Trials:
 
     @torch.no_grad()
     def _final(self, stack: Stack) -> list[Tensor]:
-        hidden = self.blocks[0].inputs
-        for layer in stack:
+        same = next((index for index, layer in enumerate(stack) if layer != self.dense[index]), len(stack))
+        hidden = self.entered[same]
+        for layer in stack[same:]:
             with self._merged(layer) as block:
                 hidden = through(block, hidden)
         sizes = [len(states) for states in hidden]
