@@ -73,6 +73,10 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
             f" that of the imitation and is not compared: {shares}"
         )
+    if any(row.get("partly_trained") for row in members):
+        lines.append(
+            "training steps floating-point parameters alone, few in packed models: theirs is not compared"
+        )
     if any(row.get("concurrent_cells") for row in members):
         lines.append(
             "speeds measured with other cells at the same time (above, beside the device) took from each"

@@ -51,6 +51,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
             achieved = count / base if budget.value <= 1 else float(count)
     simulated = m.simulated_share if m else None
     simulated_decode = m.simulated_decode_share if m else None
+    partly_trained = m is not None and m.trainable_params < m.sizes.params
     row: Row = {
         "model": spec.model,
         "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
@@ -85,7 +86,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "decode_ratio": None
         if (simulated if simulated_decode is None else simulated_decode)
         else _ratio(m, dense, "decode"),
-        "train_ratio": None if simulated else _ratio(m, dense, "training"),
+        "train_ratio": None if simulated or partly_trained else _ratio(m, dense, "training"),
         "load_memory_bytes": m.memory.load if m else None,
         "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
         "knobs": record.knobs,
@@ -107,6 +108,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row |= {"family": record.family, "setting": setting(record)}
     if record.measured_at is not None:
         row["measured_at"] = record.measured_at
+    if partly_trained:
+        row["partly_trained"] = True
     if record.searched is not None:
         row["searched"] = record.searched
     if (together := record.conditions.get("concurrent_cells", 1)) > 1:

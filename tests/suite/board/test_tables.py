@@ -121,6 +121,18 @@ def test_a_kernel_for_decoding_is_compared_though_prefill_is_simulated() -> None
     assert line.count("‡") == 2
 
 
+def test_training_that_leaves_packed_weights_alone_is_not_compared() -> None:
+    dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
+    packed = simulated(examples.finished("rtn-int8", "bytes=0.5", params=900), 0.0)
+    assert "training steps" not in tables.markdown([dense, packed])
+    assert packed.measurements is not None
+    packed.measurements.trainable_params = 30
+    row = next(row for row in rows([dense, packed]) if row["recipe"] == "rtn-int8")
+    assert row["prefill_ratio"] is not None
+    assert row["train_ratio"] is None
+    assert "training steps floating-point parameters alone" in tables.markdown([dense, packed])
+
+
 def test_rows_slower_than_dense_on_the_same_device_are_named() -> None:
     dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
     slow = simulated(examples.finished("svd", "params=0.8", params=1100), 0.0)
