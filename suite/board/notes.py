@@ -24,6 +24,8 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
         for row in members
         if row.get("measured_at")
     ]
+    if whole := [label(row) for row in members if row.get("kept_whole")]:
+        lines.append(f"the quantizer alone meets this budget, the structure stays whole: {', '.join(whole)}")
     lines += sorted({row["note"] for row in members if row["note"]})
     lines += _device_notes(members)
     scored = any(row["accuracy"] is not None for row in members)
@@ -33,7 +35,8 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
         " above the empty process; compress MB: highest memory of the whole process that compresses"
     )
     lines.append(
-        "train tok/s: every floating-point parameter is stepped; packed weights are not, they stay fixed"
+        "train tok/s: every floating-point parameter is stepped; packed weights stay fixed, and rows that"
+        " have any show no ratio"
     )
     if any(row["rank"] for row in members):
         paired = "items" if scored else "windows of the text that perplexity is measured on"
@@ -72,10 +75,6 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
         lines.append(
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
             f" that of the imitation and is not compared: {shares}"
-        )
-    if any(row.get("partly_trained") for row in members):
-        lines.append(
-            "training steps floating-point parameters alone, few in packed models: theirs is not compared"
         )
     if any(row.get("concurrent_cells") for row in members):
         lines.append(

@@ -108,8 +108,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row |= {"family": record.family, "setting": setting(record)}
     if record.measured_at is not None:
         row["measured_at"] = record.measured_at
-    if partly_trained:
-        row["partly_trained"] = True
+    if sizes and "+" in spec.recipe and sizes.decoder_params == record.dense.decoder_params:
+        row["kept_whole"] = True
     if record.searched is not None:
         row["searched"] = record.searched
     if (together := record.conditions.get("concurrent_cells", 1)) > 1:

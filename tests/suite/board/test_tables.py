@@ -124,13 +124,20 @@ def test_a_kernel_for_decoding_is_compared_though_prefill_is_simulated() -> None
 def test_training_that_leaves_packed_weights_alone_is_not_compared() -> None:
     dense = simulated(examples.finished("dense", "none", params=1000), 0.0)
     packed = simulated(examples.finished("rtn-int8", "bytes=0.5", params=900), 0.0)
-    assert "training steps" not in tables.markdown([dense, packed])
     assert packed.measurements is not None
     packed.measurements.trainable_params = 30
     row = next(row for row in rows([dense, packed]) if row["recipe"] == "rtn-int8")
     assert row["prefill_ratio"] is not None
     assert row["train_ratio"] is None
-    assert "training steps floating-point parameters alone" in tables.markdown([dense, packed])
+
+
+def test_a_stack_whose_structure_had_nothing_to_give_is_named() -> None:
+    dense = examples.finished("dense", "none", params=1000)
+    whole = examples.finished("svd+rtn-int8", "bytes=0.55", params=1000)
+    text = tables.markdown([dense, whole, examples.finished("rom+rtn-int8", "bytes=0.55", params=900)])
+    note = next(line for line in text.splitlines() if "stays whole" in line)
+    assert "svd+rtn-int8" in note
+    assert "rom" not in note
 
 
 def test_rows_slower_than_dense_on_the_same_device_are_named() -> None:
