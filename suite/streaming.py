@@ -56,8 +56,8 @@ class BlockOnStream:
     """The other arguments of the block's forward, by batch."""
     advanced: bool = False
     """Whether the inputs are the next block's already."""
-    _settled: set[str] = field(default_factory=set)
-    _outputs: dict[str, dict[int, Any]] = field(default_factory=dict)
+    _settled: set[str] = field(default_factory=set, init=False)
+    _outputs: dict[str, dict[int, Any]] = field(default_factory=dict, init=False)
 
     def settle(self, paths: Iterable[str]) -> None:
         """Say that the submodules at `paths`, and all that runs before them, will not change any more.
