@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from suite.records import Record
-from suite.run.runner import Cell, time_left
+from suite.run.runner import Cell
 
 _MARKS = {"ok": "✓", "cached": "✓", "failed": "✗", "not_applicable": "–", "running": "▸", "waiting": "·"}
 _STYLES = {"ok": "green", "cached": "green", "failed": "red", "running": "cyan"}
@@ -120,3 +120,12 @@ def _summary(record: Record) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+def time_left(cells: Sequence[Cell], elapsed: float) -> float:
+    """Seconds left, judged by the cells computed so far; NaN before there is anything to go by."""
+    open_cells = [cell for cell in cells if not cell.finished]
+    done = sum(1.0 for cell in cells if cell.state in ("ok", "failed") and cell.started)
+    done += sum(cell.share_done for cell in open_cells)
+    left = sum(1.0 - cell.share_done for cell in open_cells)
+    return elapsed * left / done if done > 0 else math.nan

@@ -1,11 +1,15 @@
 """What the fork server imports once, so that every worker starts with it."""
 
+import signal
 import threading
 
-from tqdm import tqdm
+# A Ctrl-C reaches every process of the terminal; the runner alone answers, and ends its workers.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-import suite.evaluate.model
-import suite.run.worker  # noqa: F401
+from tqdm import tqdm  # noqa: E402
+
+import suite.evaluate.model  # noqa: E402
+import suite.run.worker  # noqa: E402, F401
 
 # tqdm's default lock is a semaphore of the operating system, which a worker that is killed would leak.
 tqdm.set_lock(threading.RLock())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import shutil
 import signal
@@ -396,12 +395,3 @@ def end_process(process: BaseProcess) -> None:
     if process.is_alive():
         process.kill()
         process.join()
-
-
-def time_left(cells: Sequence[Cell], elapsed: float) -> float:
-    """Seconds left, judged by the cells computed so far; NaN before there is anything to go by."""
-    open_cells = [cell for cell in cells if not cell.finished]
-    done = sum(1.0 for cell in cells if cell.state in ("ok", "failed") and cell.started)
-    done += sum(cell.share_done for cell in open_cells)
-    left = sum(1.0 - cell.share_done for cell in open_cells)
-    return elapsed * left / done if done > 0 else math.nan
