@@ -12,9 +12,8 @@ import pandas as pd
 
 from suite import stats
 from suite.errors import InputError, nearest
-from suite.evaluate.perplexity import Perplexity
 from suite.paired import Paired, pair_items
-from suite.records import Measurements, Record, RecordStore, read_items
+from suite.records import Measurements, Perplexity, Record, RecordStore, read_items
 from suite.specs import TaskSpec
 
 

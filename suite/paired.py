@@ -14,8 +14,7 @@ import pandas as pd
 from suite import stats
 from suite.errors import InputError
 from suite.evaluate import items
-from suite.evaluate.perplexity import Perplexity
-from suite.records import Noise
+from suite.records import Noise, Perplexity
 
 _KEYS = ["task", "subtask", "item", "hash"]
 

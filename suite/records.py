@@ -9,18 +9,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from suite.errors import InputError
 from suite.evaluate import items
-from suite.evaluate.harness import TaskResult
-from suite.evaluate.perplexity import Perplexity
-from suite.measure.ledger import Entry
-from suite.measure.speed import Throughput
-from suite.specs import RunSpec
+from suite.specs import Frozen, RunSpec
+
+if TYPE_CHECKING:  # it brings torch, and who only reads records shall not wait for that
+    from suite.measure.ledger import Entry
 
 SCHEMA_VERSION = 1
 Status = Literal["ok", "failed", "not_applicable"]
@@ -56,6 +55,46 @@ class Compression(Part):
     seconds: float
     peak_bytes: int
     peak_how: str
+
+
+class Throughput(Frozen):
+    """Median tokens per second over the repeats, the repeats themselves and their conditions."""
+
+    tokens_per_s: float
+    repeats: tuple[float, ...]
+    batch: int
+    length: int
+    unit: str = "tokens/s"
+
+
+class Perplexity(Frozen):
+    """Perplexity per token and how it was computed."""
+
+    perplexity: float
+    nll_per_token: float
+    tokens: int
+    """Scored tokens: every window scores all its tokens but the first (all, with a BOS)."""
+    window: int
+    stride: int
+    bos: bool
+    source: str
+    tokens_digest: str
+    unit: str = "per token"
+    window_nlls: tuple[float, ...] = ()
+    """Summed negative log-likelihood of each window in nats, for paired comparisons."""
+
+
+class TaskResult(Frozen):
+    """Accuracy on one task: the mean of `metric` over `items` items, its standard error, and versions."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float
+    items: int
+    version: str
+    fewshot: int
+    chance: float | None = None
 
 
 class Measurements(Part):

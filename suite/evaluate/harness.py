@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suite import seal
 from suite.errors import InputError, nearest
 from suite.evaluate.items import rows_from_samples
-from suite.specs import Frozen, Protocol, TaskSpec
+from suite.records import TaskResult
+from suite.specs import Protocol, TaskSpec
 
 EMBEDDED = Path(str(resources.files("tasks"))) / "embedded"
 
@@ -46,19 +47,6 @@ DATA_FILES: dict[str, dict[str, str]] = {
     "boolq": {"validation": "boolq/validation.jsonl"},
     "triviaqa": {"validation": "triviaqa/validation.jsonl"},
 }
-
-
-class TaskResult(Frozen):
-    """Accuracy on one task: the mean of `metric` over `items` items, its standard error, and versions."""
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float
-    items: int
-    version: str
-    fewshot: int
-    chance: float | None = None
 
 
 def embedded_tasks() -> list[str]:

@@ -14,26 +14,10 @@ from suite import data
 from suite.calibration import token_ids, tokens_digest
 from suite.errors import InputError
 from suite.rebuilding import rebuilt_once
-from suite.specs import Frozen, PerplexitySpec
+from suite.records import Perplexity
+from suite.specs import PerplexitySpec
 
 BATCH_SIZE = 4
-
-
-class Perplexity(Frozen):
-    """Perplexity per token and how it was computed."""
-
-    perplexity: float
-    nll_per_token: float
-    tokens: int
-    """Scored tokens: every window scores all its tokens but the first (all, with a BOS)."""
-    window: int
-    stride: int
-    bos: bool
-    source: str
-    tokens_digest: str
-    unit: str = "per token"
-    window_nlls: tuple[float, ...] = ()
-    """Summed negative log-likelihood of each window in nats, for paired comparisons."""
 
 
 def measure(

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from suite import checkpoint
 from suite.errors import InputError
-from suite.evaluate.perplexity import Perplexity
 from suite.gate.sequential import Verdict
 from suite.measure import speed
 from suite.measure.ledger import ledger, total_disk
 from suite.measure.memory import peak_memory, resident_memory
 from suite.models import load
-from suite.records import Memory
+from suite.records import Memory, Perplexity, Throughput
 from suite.registry import load_plugin
 from suite.run.runner import process_context
 from suite.specs import Frozen, SpeedSpec
@@ -116,7 +115,7 @@ def throughput_ratio(
     Who goes first alternates, so that a drift of the machine hits both alike. The interval is that of
     the median ratio by the sign test (order statistics), which asks nothing of the distribution.
     """
-    measure: Callable[[PreTrainedModel, SpeedSpec], speed.Throughput] = getattr(speed, phase)
+    measure: Callable[[PreTrainedModel, SpeedSpec], Throughput] = getattr(speed, phase)
     once = spec.model_copy(update={"repeats": 1})
     ratios = []
     for index in range(rounds):

@@ -24,7 +24,7 @@ from suite.evaluate import perplexity
 from suite.evaluate.harness import Item, Scorer, load_tasks
 from suite.evaluate.items import COLUMNS
 from suite.models import load
-from suite.records import Record
+from suite.records import Perplexity, Record
 from suite.run.environment import PACKAGES, device_name
 from suite.specs import Protocol, TaskSpec, digest_of
 
@@ -76,7 +76,7 @@ class Recorded:
             )
         return [self._by_key[key_of(row)] for row in rows]
 
-    def perplexity(self) -> perplexity.Perplexity:
+    def perplexity(self) -> Perplexity:
         """The record's perplexity, with its windows."""
         if self.record.measurements is None:
             raise InputError(f"record {self.record.id} holds no measurements.")
@@ -134,13 +134,13 @@ class Measured:
             self._write(file, ordered)
         return ordered
 
-    def perplexity(self) -> perplexity.Perplexity:
+    def perplexity(self) -> Perplexity:
         """Perplexity on the protocol's text."""
         file = self.cache and self.cache / "perplexity.json"
         known = self._read(file, dict) if file else None
         if known is not None:
             try:
-                return perplexity.Perplexity.model_validate(known)
+                return Perplexity.model_validate(known)
             except ValidationError:
                 self.notice(f"cached perplexity in {file} does not fit this version; measured again.")
         tokenizer = load.load_tokenizer(self.source.location)

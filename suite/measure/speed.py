@@ -10,20 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from suite.specs import Frozen, SpeedSpec
+from suite.records import Throughput
+from suite.specs import SpeedSpec
 
 Prompted = tuple[DynamicCache, Tensor]
 """The key-value cache of a prompt and the logits after it."""
-
-
-class Throughput(Frozen):
-    """Median tokens per second over the repeats, the repeats themselves and their conditions."""
-
-    tokens_per_s: float
-    repeats: tuple[float, ...]
-    batch: int
-    length: int
-    unit: str = "tokens/s"
 
 
 def prefill_step(model: PreTrainedModel, spec: SpeedSpec) -> tuple[Callable[[], None], int]:

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite.evaluate import harness, perplexity
 from suite.evaluate.model import usual_tokens_per_batch
-from suite.evaluate.perplexity import Perplexity
 from suite.paired import noise
-from suite.records import Noise
+from suite.records import Noise, Perplexity
 from suite.specs import Protocol
 
 ITEMS_PER_TASK = 200

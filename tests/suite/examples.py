@@ -6,10 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from suite.evaluate.harness import TaskResult
-from suite.evaluate.perplexity import Perplexity
-from suite.measure.speed import Throughput
-from suite.records import Compression, Failure, Measurements, Memory, Record, Sizes
+from suite.records import (
+    Compression,
+    Failure,
+    Measurements,
+    Memory,
+    Perplexity,
+    Record,
+    Sizes,
+    TaskResult,
+    Throughput,
+)
 from suite.specs import Budget, CalibrationSpec, PerplexitySpec, Protocol, RunSpec, TaskSpec
 
 PROTOCOL = Protocol(

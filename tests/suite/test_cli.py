@@ -252,15 +252,29 @@ def test_inspect_adds_up_to_the_file(tiny: str) -> None:
     assert sum(module["params"] for module in result["modules"]) == result["total"]["params"]
 
 
-def test_help_comes_before_the_libraries_that_take_seconds_to_import() -> None:
-    script = """
+@pytest.mark.parametrize(
+    ("command", "spared", "told"),
+    [
+        (["board", "--help"], {"torch", "transformers", "pandas", "scipy"}, "board [OPTIONS]"),
+        (["board"], {"torch", "transformers"}, "params=0.8"),
+        (["compare", "svd@params=0.8", "rom@params=0.8"], {"torch", "transformers"}, "rom"),
+    ],
+)
+def test_what_a_command_does_not_need_is_not_imported(
+    command: list[str], spared: set[str], told: str, tmp_path: Path
+) -> None:
+    for recipe in ("svd", "rom"):
+        RecordStore(tmp_path / "results").save(examples.finished(recipe), examples.item_rows([1, 0, 1]))
+    script = f"""
 import sys
 from suite.cli import app
-app(["board", "--help"], standalone_mode=False)
-print(*({"torch", "transformers", "pandas", "scipy"} & set(sys.modules)))
+app({command}, standalone_mode=False)
+print(*({spared} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "board [OPTIONS]" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert told in done.stdout
     assert done.stdout.splitlines()[-1] == ""
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from suite.errors import InputError
-from suite.evaluate.perplexity import Perplexity
 from suite.gate import criteria
-from suite.measure.speed import Throughput
+from suite.records import Perplexity, Throughput
 from suite.specs import SpeedSpec
 from tests.suite import examples
 
