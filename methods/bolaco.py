@@ -192,7 +192,8 @@ def outputs_of(
         prefix = f"{block.path}."
         inside = [line.path.removeprefix(prefix) for line in lines if line.block == block.index]
         groups = anatomy_of(model).layout.inputs_shared(inside)
-        inputs_of = Inputs.of_all(block, [group[0] for group in groups], centred=True, pooled=True)
+        first = [group[0] for group in groups]
+        inputs_of = Inputs.of_all(block, first, centred=True, pooled=True, advance=True)
         for group in groups:
             inputs = inputs_of[group[0]]
             assert inputs.mean is not None

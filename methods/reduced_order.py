@@ -276,11 +276,19 @@ class Inputs:
 
     @classmethod
     def of_all(
-        cls, block: BlockOnStream, paths: Sequence[str], centred: bool, pooled: bool = False
+        cls,
+        block: BlockOnStream,
+        paths: Sequence[str],
+        centred: bool,
+        pooled: bool = False,
+        advance: bool = False,
     ) -> dict[str, Inputs]:
-        """The inputs of the linears at `paths`, in one pass; pooled ones are about the mean of each batch."""
+        """The inputs of the linears at `paths`, in one pass; pooled ones are about the mean of each batch.
+
+        With `advance`, that pass makes the next block's inputs too.
+        """
         if not centred:
-            return {path: cls(moment, None) for path, moment in block.second_moments(paths).items()}
+            return {path: cls(moment, None) for path, moment in block.second_moments(paths, advance).items()}
         moments: dict[str, Tensor] = {}
         sums: dict[str, list[tuple[Tensor, int]]] = {path: [] for path in paths}
 
@@ -289,7 +297,7 @@ class Inputs:
             moments[path] = moments[path].add_(part) if path in moments else part
             sums[path].append((value.double().sum(0), len(value)))
 
-        block.observe({path: partial(add, path) for path in paths})
+        block.observe({path: partial(add, path) for path in paths}, advance)
         return {path: cls._about_the_mean(moments[path], sums[path], pooled) for path in paths}
 
     @classmethod
