@@ -38,6 +38,8 @@ from suite.specs import Budget, CalibrationSpec, Frozen, HealingSpec, Protocol, 
 GROUPS = ("channel", 128, 64, 32)
 EMBEDDINGS = (16, 8, 4)
 NOTHING = "none"
+TRIAL_SHARE = 0.25
+"""Of a search's time, what one trial may take; where the user named the candidates, all of it."""
 _TIRED = 200
 """Proposals in a row that say nothing new, after which a space counts as exhausted."""
 
@@ -79,7 +81,8 @@ class Tried(Frozen):
     """One trial."""
 
     recipe: str
-    status: Literal["ok", "failed", "impossible"]
+    status: Literal["ok", "failed", "impossible", "slow"]
+    """Slow ones had their share of the search's time; a longer search may try them again."""
     perplexity: float | None = None
     params: int | None = None
     bytes: int | None = None
@@ -170,13 +173,17 @@ class Search:
     def run(self, seconds: float, listener: Listener = lambda what, found: None) -> Found:
         """Try stacks for `seconds`; a trial that is not done by then is given up and may come again.
 
+        One that takes more than its share of the time is given up, too, and noted as slow.
+
         Raises:
             InputError: the results folder cannot be written.
             MissingExtra: optuna is not installed.
         """
         deadline = time.monotonic() + seconds
         study = self._study()
-        known = {tried.recipe: tried for tried in self._found(study).trials}
+        share = seconds if self.spec.candidates else TRIAL_SHARE * seconds
+        tries = self._found(study).trials
+        known = {tried.recipe: tried for tried in tries if tried.status != "slow" or tried.seconds >= share}
         idle = 0
         while time.monotonic() < deadline and idle < _TIRED:
             trial = study.ask()
@@ -187,7 +194,10 @@ class Search:
                 continue
             idle = 0
             listener(recipe, self._found(study))
-            tried = self._try(recipe, deadline)
+            tried = self._try(recipe, min(deadline, time.monotonic() + share))
+            if tried is None and time.monotonic() < deadline:
+                reason = f"not done in {share:.0f} s; give the search more time"
+                tried = Tried(recipe=recipe, status="slow", seconds=share, reason=reason)
             if tried is None:
                 self._tell(study, trial, Tried(recipe=recipe, status="failed"), again=True)
                 break
@@ -366,8 +376,9 @@ class Search:
 
     def _found(self, study: Any) -> Found:
         told = [trial.user_attrs["tried"] for trial in study.trials if "tried" in trial.user_attrs]
-        trials = tuple(Tried.model_validate(json.loads(text)) for text in told)
-        return Found(spec=self.spec, digest=self.spec.digest(), trials=trials)
+        trials = [Tried.model_validate(json.loads(text)) for text in told]
+        last = {tried.recipe: tried for tried in trials}
+        return Found(spec=self.spec, digest=self.spec.digest(), trials=tuple(last.values()))
 
     def _save(self, study: Any) -> Found:
         found, path = self._found(study), self.spec.path(self.results)

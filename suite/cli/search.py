@@ -122,8 +122,9 @@ def search(
     else:
         output_console.print(_table(found, anatomy))
     for trial in found.trials:
-        if trial.status == "failed":
-            console.print(f"[yellow]failed:[/] {escape(f'{trial.recipe}: {trial.reason}')}", soft_wrap=True)
+        if trial.status in ("failed", "slow"):
+            told = escape(f"{trial.recipe}: {trial.reason}")
+            console.print(f"[yellow]{trial.status}:[/] {told}", soft_wrap=True)
     impossible = sum(trial.status == "impossible" for trial in found.trials)
     console.print(
         f"{len(found.ranked)} measured, {impossible} impossible for {budget}. Kept: {path}", soft_wrap=True

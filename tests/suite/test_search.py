@@ -156,6 +156,30 @@ def test_cheap_untrained_stacks_come_first_and_each_stack_once(
     assert {t.recipe for t in found.trials if t.status == "impossible"} >= {"dense"}
 
 
+def test_a_trial_takes_no_more_than_its_share_of_the_time_and_may_have_a_longer_one(
+    make: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"structure": ("none", "svd", "rom"), "heal": ("none",), "quantizer": ("none",)}
+    search = make(kinds=kinds)
+    asked = measured(search, monkeypatch)
+    quick = Search._in_process
+
+    def dawdling(self: Search, recipe: Recipe, deadline: float) -> Any:
+        found = quick(self, recipe, deadline)
+        return None if str(recipe) == "svd" and deadline - time.monotonic() < 100 else found
+
+    monkeypatch.setattr(Search, "_in_process", dawdling)
+    monkeypatch.setattr("suite.search._TIRED", 20)
+    found = search.run(60)
+    status = {trial.recipe: trial.status for trial in found.trials}
+    assert status == {"svd": "slow", "rom": "ok", "dense": "impossible"}
+    (slow,) = [trial for trial in found.trials if trial.status == "slow"]
+    assert (slow.seconds, slow.reason) == (15, "not done in 15 s; give the search more time")
+    found = search.run(600)
+    assert {trial.recipe for trial in found.ranked} == {"svd", "rom"}
+    assert sorted(asked) == ["rom", "svd", "svd"]
+
+
 @pytest.mark.parametrize(("budget", "first"), [("params=0.8", "structure"), ("bytes=0.3", "quantizer")])
 def test_every_method_is_met_before_chance_decides(
     make: Callable[..., Search], budget: str, first: str
