@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite.evaluate import harness, perplexity
-from suite.evaluate.model import usual_tokens_per_batch
 from suite.paired import noise
 from suite.records import Noise, Perplexity
 from suite.specs import Protocol
@@ -32,6 +31,8 @@ def noise_floor(
     most 200 items each: generation takes minutes, and these say how large the rounding is. Where a task
     has more items than that, they also share their batches with others than in the first run.
     """
+    from suite.evaluate.model import usual_tokens_per_batch  # lm-eval takes seconds to import
+
     rows, ppl = first
     scored = {row["task"] for row in rows if row["log_likelihoods"]}
     protocol = protocol.model_copy(
