@@ -1,8 +1,8 @@
 """pytest plug-in: guard a model, or check a method, in the tests of another project.
 
 Name it in the project's `conftest.py` (`pytest_plugins = ["suite.pytest_plugin"]`) or as `pytest -p
-suite.pytest_plugin`. It is not loaded by itself: importing `suite` imports torch, which no test run of an
-environment should pay for unasked.
+suite.pytest_plugin`. It is not loaded by itself: a test run that does not ask for it has none of its
+options.
 """
 
 from __future__ import annotations
