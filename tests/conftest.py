@@ -13,6 +13,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="weighin-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread, in the commands that tests start as well: tests side by side would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -38,7 +38,9 @@ def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
     """Storages of at least `smallest` bytes alive in this process and not in the model, largest first.
 
     Garbage is collected first. A storage of the model that is larger than the tensors it holds is
-    listed with what is beyond them. Tensors without data (meta) are left out.
+    listed with what is beyond them. Tensors without data (meta) are left out. So is what was alive
+    before `gc.freeze()`, and with it an array or byte string put into a container that was: the
+    collector does not follow either. A tensor is found even there.
     """
     gc.collect()
     objects = gc.get_objects()

@@ -114,57 +114,56 @@ def test_a_checkpoint_that_two_budgets_lead_to_is_measured_once(track: Track, tm
     assert {cell.state for cell in Grid(track, grid.options).cells} <= {"cached", "failed"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_worker_killed_in_any_stage_costs_only_its_own_cell(
-    stage: str, track: Track, tmp_path: Path
-) -> None:
-    track = track.model_copy(update={"recipes": ("svd",)})
-    victim, other = ("dense", "svd") if stage == "noise" else ("svd", "dense")
-    killed: list[str] = []
+def test_a_worker_killed_in_any_stage_costs_only_its_own_cell(track: Track, tmp_path: Path) -> None:
+    budgets = [f"params={round(0.95 - 0.03 * number, 2)}" for number in range(len(STAGES))]
+    stages = [stage for stage in STAGES if stage != "noise"]  # which is measured with the dense model alone
+    doomed = {"none": "noise", **dict(zip(budgets, stages, strict=False))}
+    *_, spared = budgets
+    track = track.model_copy(update={"recipes": ("svd",), "budgets": tuple(budgets)})
+    killed: set[str] = set()
 
     def kill(cell: Cell) -> None:
-        if cell.spec.recipe == victim and cell.stage == stage and not killed and cell.pid:
-            killed.append(cell.stage)
+        budget = str(cell.spec.budget)
+        if budget not in killed and cell.stage == doomed.get(budget) and cell.pid:
+            killed.add(budget)
             os.kill(cell.pid, signal.SIGKILL)
 
-    grid = Grid(track, Options(results=tmp_path / "results"))
+    grid = Grid(track, Options(results=tmp_path / "results", jobs=2))
     grid.run(kill)
-    states = {cell.spec.recipe: cell for cell in grid.cells}
-    assert states[other].state == "ok"
-    failure = states[victim].record.failure
-    assert states[victim].state == "failed"
-    assert failure is not None
-    assert "SIGKILL" in failure.reason
-    assert STAGES.index(failure.stage) >= STAGES.index(stage)
-    again = {cell.spec.recipe: cell.state for cell in run(track, tmp_path).cells}
-    assert again == {other: "cached", victim: "ok"}
+    cells = {str(cell.spec.budget): cell for cell in grid.cells}
+    assert cells.pop(spared).state == "ok"
+    assert cells.keys() == doomed.keys()
+    for budget, cell in cells.items():
+        assert cell.state == "failed"
+        failure = cell.record.failure
+        assert failure is not None
+        assert "SIGKILL" in failure.reason
+        assert STAGES.index(failure.stage) >= STAGES.index(doomed[budget])
+    again = {str(cell.spec.budget): cell.state for cell in run(track, tmp_path, jobs=2).cells}
+    assert again == {**dict.fromkeys(doomed, "ok"), spared: "cached"}
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("raise ValueError('broken on purpose')", "ValueError: broken on purpose"),
-        ("os._exit(7)", "exit code 7"),
-        ("pass", "over budget"),
-        ("drop_blocks(model, plan.drop); model.model.norm.weight.data.fill_(float('nan'))", "NaN"),
-        (
-            "drop_blocks(model, plan.drop); model.model.layers[0].mlp.up_proj.register_forward_hook("
-            "lambda module, inputs, output: output * 2)",
-            "the reloaded checkpoint's logits differ",
-        ),
-    ],
-)
-def test_a_method_that_misbehaves_becomes_a_failed_cell_with_its_reason(
-    body: str, reason: str, track: Track, tmp_path: Path
-) -> None:
-    name = f"misbehaving-{digest_of(body)[:6]}"
-    plugin = examples.write_plugin(tmp_path, name, body)
-    track = track.model_copy(update={"recipes": (name,), "budgets": ("params=0.9",)})
-    grid = run(track, tmp_path, plugins=(plugin,))
-    assert [cell.state for cell in grid.cells] == ["ok", "failed"]
-    failure = grid.cells[1].record.failure
-    assert failure is not None
-    assert reason in failure.reason
+MISBEHAVIOUR = {
+    "raise ValueError('broken on purpose')": "ValueError: broken on purpose",
+    "os._exit(7)": "exit code 7",
+    "pass": "over budget",
+    "drop_blocks(model, plan.drop); model.model.norm.weight.data.fill_(float('nan'))": "NaN",
+    "drop_blocks(model, plan.drop); model.model.layers[0].mlp.up_proj.register_forward_hook("
+    "lambda module, inputs, output: output * 2)": "the reloaded checkpoint's logits differ",
+}
+
+
+def test_a_method_that_misbehaves_becomes_a_failed_cell_with_its_reason(track: Track, tmp_path: Path) -> None:
+    names = {f"misbehaving-{digest_of(body)[:6]}": body for body in MISBEHAVIOUR}
+    plugins = tuple(examples.write_plugin(tmp_path, name, body) for name, body in names.items())
+    track = track.model_copy(update={"recipes": tuple(names), "budgets": ("params=0.9",)})
+    dense, *misbehaving = run(track, tmp_path, plugins=plugins).cells
+    assert dense.state == "ok"
+    assert [cell.spec.recipe for cell in misbehaving] == list(names)
+    for cell in misbehaving:
+        failure = cell.record.failure
+        assert failure is not None
+        assert MISBEHAVIOUR[names[cell.spec.recipe]] in failure.reason
 
 
 def test_a_cell_that_takes_too_long_is_given_up(track: Track, tmp_path: Path) -> None:
