@@ -98,7 +98,7 @@ def weighin_throughput(request: pytest.FixtureRequest) -> Callable[..., float]:
     ) -> float:
         __tracebackhide__ = True
         from suite.errors import WeighinError
-        from suite.gate.outcomes import load_side
+        from suite.gate.measured import load_side
         from suite.measure import speed
         from suite.models.load import resolve
         from suite.specs import Protocol

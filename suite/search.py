@@ -123,8 +123,9 @@ def load_found(path: Path) -> Found:
 
 
 def choices(trained: bool, device: str) -> dict[str, tuple[str, ...]]:
-    """The stacks to choose from, by kind of stage, from the methods that are installed.
+    """The stacks to choose from, by kind of stage, from all registered methods that the device can run.
 
+    One whose extra is missing is among them: trying it costs no time and notes how to install it.
     `trained`: whether there is a text for recovery training.
     """
     known = [(name, methods.get(name)) for name in methods]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from suite.errors import InputError
 from suite.gate import sequential
 from suite.gate.criteria import Criterion
-from suite.gate.outcomes import Measured, Recorded, Row, key_of
+from suite.gate.outcomes import Recorded, Row, key_of
 from suite.gate.sequential import Decision
 from suite.specs import Frozen, Protocol
+
+if TYPE_CHECKING:
+    from suite.gate.measured import Measured
 
 Pairs = dict[str, list[tuple[Row, Row]]]
 """Task -> (base, candidate) rows in the order of the test."""
@@ -53,12 +56,12 @@ class Accuracy:
             InputError: a task has no items.
         """
         self.outcomes = outcomes
-        self.leading = "candidate" if isinstance(outcomes["candidate"], Measured) else "baseline"
+        self.leading = "baseline" if isinstance(outcomes["candidate"], Recorded) else "candidate"
         self._specs = {task.name: task for task in protocol.tasks}
         self._all: dict[str, list[Any]] = {}
         side = outcomes[self.leading]
         for name, task in self._specs.items():
-            found = side.items(task) if isinstance(side, Measured) else side.by_task.get(name, [])[:limit]
+            found = side.by_task.get(name, [])[:limit] if isinstance(side, Recorded) else side.items(task)
             if not found:
                 raise InputError(f"there are no items of task '{name}'.")
             self._all[name] = list(found)
@@ -128,7 +131,7 @@ class Accuracy:
         """(base, candidate) rows of some places in the order of the test."""
         chosen = [self._all[task][i] for i in self._order[task][start:end]]
         leader = self.outcomes[self.leading]
-        lead = leader.rows(self._specs[task], chosen) if isinstance(leader, Measured) else chosen
+        lead = chosen if isinstance(leader, Recorded) else leader.rows(self._specs[task], chosen)
         other = self.outcomes["candidate" if self.leading == "baseline" else "baseline"]
         if isinstance(other, Recorded):
             follow = other.matching(lead)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from suite import bfloat16
 from suite.errors import InputError
 from suite.gate import criteria, sides
 from suite.gate.accuracy import Accuracy, Flip, Pairs, Progress, TaskMove
 from suite.gate.criteria import Criterion, Phase
-from suite.gate.outcomes import Measured, Recorded, cache_folder
+from suite.gate.outcomes import Recorded
 from suite.gate.sequential import Verdict
 from suite.gate.sides import Side
 from suite.records import Memory
 from suite.registry import load_plugin
-from suite.run.runner import check_device
 from suite.specs import Frozen, Protocol
+
+if TYPE_CHECKING:  # imported where a model is needed: two records are judged without torch
+    from suite.gate.measured import Measured
+    from suite.models import load
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,13 @@ def run(settings: Settings, progress: Progress = lambda used, available, decisio
     Raises:
         InputError: a side that cannot be found or paired, or a criterion that cannot be applied.
     """
-    settings = settings.checked()
+    gate = _Gate(settings.checked(), progress)
+    if gate.needs_no_model:
+        return gate.report()
+    from suite import bfloat16
+
     with bfloat16.widened(settings.device):
-        return _Gate(settings, progress).report()
+        return gate.report()
 
 
 class _Gate:
@@ -119,15 +126,29 @@ class _Gate:
         """Why a FAIL cannot be blamed on the candidate."""
         for plugin in settings.plugins:
             load_plugin(plugin)
-        check_device(settings.device)
+        if settings.device != "cpu":
+            from suite.run.runner import check_device
+
+            check_device(settings.device)
         wanted = Protocol.load(settings.protocol).name if settings.protocol else None
         self.base = sides.find("baseline", settings.baseline, settings.results, wanted, settings.limit)
         if self.base.record:
             wanted = self.base.record.spec.protocol.name
         self.candidate = sides.find("candidate", settings.candidate, settings.results, wanted, settings.limit)
         self.protocol, self.limit = self._protocol()
-        self.models = {side.role: sides.model_of(side) for side in (self.base, self.candidate)}
         self.outcomes = self._outcomes()
+
+    @property
+    def needs_no_model(self) -> bool:
+        """Whether everything asked for stands in records."""
+        return bool(self.base.record and self.candidate.record) and self.settings.min_throughput_ratio is None
+
+    @functools.cached_property
+    def models(self) -> dict[str, tuple[load.Source | None, str]]:
+        """The model behind each side, or None and why there is none."""
+        from suite.gate.measured import model_of
+
+        return {side.role: model_of(side) for side in (self.base, self.candidate)}
 
     def _protocol(self) -> tuple[Protocol, int | None]:
         """The protocol and limit that both sides share.
@@ -160,10 +181,12 @@ class _Gate:
         return {side.role: self._outcomes_of(side) for side in pair}
 
     def _outcomes_of(self, side: Side) -> Recorded | Measured:
+        from suite.gate.measured import Measured, cache_folder, current_conditions, dtype_now
+
         source, why_not = self.models[side.role]
         if side.record:
-            now = sides.current_conditions(self.settings.device)
-            now |= sides.dtype_now(source, self.protocol, side.record)
+            now = current_conditions(self.settings.device)
+            now |= dtype_now(source, self.protocol, side.record)
             found = sides.differences(side.record.conditions, now)
             if not found:
                 return self._recorded(side)
@@ -217,12 +240,7 @@ class _Gate:
         if s.max_memory_ratio is not None:
             found.append(self._memory(s.max_memory_ratio))
         if s.min_throughput_ratio is not None:
-            models = [self._measured(side).model for side in (self.base, self.candidate)]
-            found.append(
-                criteria.throughput_ratio(
-                    models[0], models[1], self.protocol.speed, s.throughput, s.min_throughput_ratio, alpha
-                )
-            )
+            found.append(self._throughput(s.min_throughput_ratio, alpha))
         return Report(
             verdict=_overall(found),
             baseline=self.base.name,
@@ -263,7 +281,9 @@ class _Gate:
         source, why_not = self.models[side.role]
         if source is None:
             raise InputError(f"the size of {side.role} '{side.given}' is unknown: {why_not}.")
-        return float(criteria.stored_bytes(source))
+        from suite.gate.cost import stored_bytes
+
+        return float(stored_bytes(source))
 
     def _memory(self, limit: float) -> Criterion:
         """Both from records, or both measured now, in fresh processes."""
@@ -273,18 +293,26 @@ class _Gate:
         if len(recorded) == 2 and all(recorded):
             memory = [part.memory for part in recorded if part]
         else:
+            from suite.gate.cost import measure_memory
+
             memory = []
             for side in pair:
                 source, why_not = self.models[side.role]
                 if source is None:
                     raise InputError(f"--max-memory-ratio needs both models; for the {side.role}, {why_not}.")
                 place = (source, self.settings.device, self.protocol.speed, self.settings.plugins)
-                memory.append(criteria.measure_memory(*place))
+                memory.append(measure_memory(*place))
         base, candidate = (max(m.load, m.inference) for m in memory)
         how = f" ({memory[0].how})"
         return self._excused(
             criteria.plain_ratio("max-memory-ratio", "peak memory", base, candidate, limit, how)
         )
+
+    def _throughput(self, limit: float, alpha: float) -> Criterion:
+        from suite.gate.cost import throughput_ratio
+
+        base, candidate = (self._measured(side).model for side in (self.base, self.candidate))
+        return throughput_ratio(base, candidate, self.protocol.speed, self.settings.throughput, limit, alpha)
 
     def _check_throughput(self) -> None:
         """Refuse early what would need a model that is not there."""
@@ -299,6 +327,8 @@ class _Gate:
                 )
 
     def _measured(self, side: Side) -> Measured:
+        from suite.gate.measured import Measured
+
         found = self.outcomes[side.role]
         if isinstance(found, Measured):
             return found

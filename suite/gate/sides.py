@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from suite.errors import InputError, WeighinError, nearest
-from suite.gate.outcomes import dtype_of
-from suite.models import load
+from suite.errors import InputError, nearest
 from suite.records import Record, RecordStore
-from suite.run.environment import device_name, git_state
 from suite.specs import Protocol
+
+if TYPE_CHECKING:
+    from suite.models import load
 
 VERSIONS = ("weighin", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
 
@@ -71,6 +68,8 @@ def find(role: str, given: str, results: Path, protocol: str | None, limit: int 
         return _recorded(role, given, files, None, None)
     if path.suffix == ".json":
         raise InputError(f"{role} record '{given}' does not exist.")
+    from suite.models import load  # two records need no torch
+
     return Side(role, given, source=load.resolve(given))
 
 
@@ -100,47 +99,6 @@ def _recorded(role: str, given: str, files: list[Path], protocol: str | None, li
         )
     file, record = fitting[0]
     return Side(role, given, record=record, file=file)
-
-
-def model_of(side: Side) -> tuple[load.Source | None, str]:
-    """The model behind a side, or None and why there is none to measure."""
-    if side.record is None:
-        return side.source, ""
-    record = side.record
-    if record.checkpoint is not None:
-        if (Path(record.checkpoint) / "config.json").is_file():
-            return load.resolve(record.checkpoint), ""
-        return None, f"its checkpoint '{record.checkpoint}' is gone"
-    spec = record.spec
-    if spec.recipe != "dense":
-        return None, (
-            "its checkpoint was not kept (make it again with: weighin run"
-            f" --model {spec.model} --recipe '{spec.recipe}' --budget {spec.budget}"
-            f" --protocol {spec.protocol.name} --keep-checkpoints DIR)"
-        )
-    try:
-        source = load.resolve(spec.model)
-    except WeighinError:
-        return None, f"its model '{spec.model}' cannot be found here"
-    if source.digest != spec.model_digest:
-        return None, f"the model now called '{spec.model}' has other weights than the recorded one"
-    return source, ""
-
-
-def current_conditions(device: str) -> dict[str, Any]:
-    """The conditions under which outcomes would be measured now."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
-        "git": git_state(),
-    }
-
-
-def dtype_now(source: load.Source | None, protocol: Protocol, record: Record) -> dict[str, Any]:
-    """The dtype a record's model would be scored in now; what the record says when there is no model."""
-    known = record.conditions.get("dtype")
-    return {"dtype": dtype_of(source, protocol) if source is not None else known}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

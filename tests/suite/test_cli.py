@@ -267,6 +267,14 @@ def test_inspect_adds_up_to_the_file(tiny: str) -> None:
         (["board", "--help"], {"torch", "transformers", "pandas", "scipy"}, "board [OPTIONS]"),
         (["board"], {"torch", "transformers"}, "params=0.8"),
         (["compare", "svd@params=0.8", "rom@params=0.8"], {"torch", "transformers"}, "rom"),
+        (
+            [
+                "gate",
+                *("--baseline", examples.finished("svd").id, "--candidate", examples.finished("rom").id),
+            ],
+            {"torch", "transformers", "lm_eval"},
+            "INCONCLUSIVE",
+        ),
     ],
 )
 def test_what_a_command_does_not_need_is_not_imported(

@@ -197,7 +197,7 @@ def test_every_method_is_met_before_chance_decides(
     assert sorted(stacked) == sorted({*kinds["structure"]} - {"none"})
 
 
-def test_the_choices_are_what_is_installed_without_controls() -> None:
+def test_the_choices_are_all_that_is_registered_without_controls() -> None:
     kinds = choices(trained=True, device="cpu")
     assert {"svd", "slicegpt", "tensor-network"} <= set(kinds["structure"])
     assert not {"dense", "random-layers", "distill"} & set(kinds["structure"])

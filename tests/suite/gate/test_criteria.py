@@ -9,8 +9,7 @@ import pytest
 
 from suite.errors import InputError
 from suite.gate import criteria
-from suite.records import Perplexity, Throughput
-from suite.specs import SpeedSpec
+from suite.records import Perplexity
 from tests.suite import examples
 
 WINDOW = 64
@@ -99,26 +98,3 @@ def test_the_rank_interval_covers_the_median_as_often_as_it_says(alpha: float) -
     assert found.count("pass") / len(found) <= alpha
     assert found.count("fail") / len(found) <= alpha
     assert found.count("fail") > 0
-
-
-def test_base_and_candidate_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    def rate(model: str, spec: SpeedSpec) -> Throughput:
-        assert spec.repeats == 1
-        order.append(model)
-        value = 90.0 if model == "candidate" else 100.0
-        return Throughput(tokens_per_s=value, repeats=(value,), batch=1, length=1)
-
-    monkeypatch.setattr(criteria.speed, "decode", rate)
-    found = criteria.throughput_ratio(
-        "base",  # type: ignore[arg-type]
-        "candidate",  # type: ignore[arg-type]
-        SpeedSpec(),
-        "decode",
-        limit=0.8,
-        alpha=0.05,
-    )
-    assert found.estimate == pytest.approx(0.9)
-    assert order[:4] == ["base", "candidate", "candidate", "base"]
-    assert order.count("base") == order.count("candidate") == criteria.SPEED_ROUNDS

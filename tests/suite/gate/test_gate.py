@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from suite.errors import InputError
-from suite.gate import gate, sequential, sides
+from suite.gate import gate, measured, sequential, sides
 from suite.gate.gate import Settings
-from suite.gate.outcomes import Measured
+from suite.gate.measured import Measured
 from suite.models import load
 from suite.records import RecordStore
 from suite.specs import Protocol, RunSpec
@@ -155,7 +155,7 @@ def measured_record(folder: Path, model: Path, protocol: Protocol, wrong: int = 
         "model_digest": source.digest,
         "protocol": protocol.model_dump(),
     }
-    conditions = sides.current_conditions("cpu") | {"dtype": "float32"} | changed.pop("conditions", {})
+    conditions = measured.current_conditions("cpu") | {"dtype": "float32"} | changed.pop("conditions", {})
     update = {"spec": RunSpec.model_validate(fields), "conditions": conditions, **changed}
     return RecordStore(folder).save(record.model_copy(update=update), rows)
 
@@ -178,7 +178,7 @@ def test_a_record_of_other_conditions_is_measured_again_and_its_own_move_reporte
 def test_a_record_of_these_very_conditions_is_taken_as_it_is(
     tmp_path: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sides, "git_state", lambda: "0123456789ab")
+    monkeypatch.setattr(measured, "git_state", lambda: "0123456789ab")
     model = save_checkpoint(tmp_path / "model")
     record = measured_record(tmp_path / "results", model, protocol, wrong=5)
     report = judge(record, save_checkpoint(tmp_path / "copy"), max_drop=20.0)
@@ -209,7 +209,7 @@ def test_the_base_is_loaded_once_and_then_comes_from_the_cache(
     chosen = {"protocol": str(tmp_path / "tiny.yaml"), "max_drop": 30.0, "max_perplexity_ratio": 9.0}
     first = judge(base, candidate, **chosen)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr("suite.gate.outcomes.checkpoint.reload", _only(candidate))
+    monkeypatch.setattr("suite.gate.measured.checkpoint.reload", _only(candidate))
     assert judge(base, candidate, **chosen) == first
 
 

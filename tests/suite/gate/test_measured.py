@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from suite.conformance import tiny
 from suite.evaluate.harness import EMBEDDED
-from suite.gate import outcomes
-from suite.gate.outcomes import Measured, cache_folder
+from suite.gate import measured
+from suite.gate.measured import Measured, cache_folder
 from suite.models import load
 from suite.specs import Protocol
 from tests.suite.gate import examples
@@ -80,28 +80,28 @@ def test_threads_change_the_key(key: Key, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_device_changes_the_key(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
-    monkeypatch.setattr(outcomes, "device_name", lambda device: "another")
+    monkeypatch.setattr(measured, "device_name", lambda device: "another")
     assert key() != before
 
 
 @pytest.mark.parametrize("package", ["weighin", "torch", "transformers", "tokenizers", "lm_eval", "datasets"])
 def test_every_library_changes_the_key(key: Key, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    before, version = key(), outcomes.metadata.version
-    monkeypatch.setattr(outcomes.metadata, "version", lambda name: "0" if name == package else version(name))
+    before, version = key(), measured.metadata.version
+    monkeypatch.setattr(measured.metadata, "version", lambda name: "0" if name == package else version(name))
     assert key() != before
 
 
 def test_the_suites_own_sources_change_the_key(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
-    monkeypatch.setattr(outcomes, "source_digest", lambda: "edited")
+    monkeypatch.setattr(measured, "source_digest", lambda: "edited")
     assert key() != before
 
 
 def test_the_digest_of_sources_sees_an_edited_line(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
-    before = outcomes._files_digest(tmp_path, "**/*.py")
+    before = measured._files_digest(tmp_path, "**/*.py")
     (tmp_path / "a.py").write_text("x = 2\n")
-    assert outcomes._files_digest(tmp_path, "**/*.py") != before
+    assert measured._files_digest(tmp_path, "**/*.py") != before
 
 
 def test_the_documents_of_a_task_change_the_key(
