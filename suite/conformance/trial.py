@@ -50,7 +50,7 @@ TARGETS: dict[Metric, tuple[float, ...]] = {
     "bytes": (0.6, 0.8, 0.45, 0.3),
 }
 """Shares asked for. All are planned for on every family; the first that a method reaches is carried out
-on every family, each of the others on one."""
+on every family, the others on the first one."""
 
 STACKED = "rtn-int4"
 TIMEOUT = 300.0
@@ -165,10 +165,9 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[tuple[Case,
     metrics: tuple[Metric, ...] = tuple(metric for metric in TARGETS if metric in acts_on)
     outcomes += _checked("plan", "main", family, Planning(recipe, dense, metrics))
     budgets = [Budget(metric=metric, value=share) for metric in metrics for share in TARGETS[metric]]
-    turn = desk.families.index(family)
     cases: list[Case] = []
     seen: list[RecipePlan] = []
-    for number, budget in enumerate(budgets or [Budget(metric="none")]):
+    for budget in budgets or [Budget(metric="none")]:
         scope: Scope = "every" if cases else "main"
         case = Case(family, desk.subject.recipe, budget, scope)
         try:
@@ -182,7 +181,7 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[tuple[Case,
         if plan in seen:
             known = seen.index(plan)
             cases[known] = replace(cases[known], alike=(*cases[known].alike, budget))
-        elif scope == "main" or number % len(desk.families) == turn:
+        elif scope == "main" or family == desk.families[0]:
             seen.append(plan)
             cases.append(case)
     if not cases:
