@@ -17,7 +17,7 @@ from suite.specs import Budget
 
 Situation = Literal["plan", "compress", "again", "reload"]
 Scope = Literal["main", "every", "stack", "full"]
-"""Which: the first target on every family, the others on one, under int4, or the whole size as budget."""
+"""Which cases: one per family, every target, the method under int4, or the whole size as budget."""
 
 SEED = 0
 

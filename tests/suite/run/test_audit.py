@@ -174,6 +174,17 @@ def test_hidden_memory_is_found_wherever_it_hangs(hang: Any, where: str, kind: s
 
 
 @pytest.mark.usefixtures("earlier_objects_left_out")
+def test_a_tensor_is_found_in_a_container_that_was_there_before() -> None:
+    _GLOBAL.append(torch.zeros(BIG))
+    try:
+        found = hidden_memory(nn.Linear(4, 4))[0]
+        assert found.bytes == 4 * BIG
+        assert "keeps it in the global '_GLOBAL'" in holder(nn.Linear(4, 4), found.objects)
+    finally:
+        _GLOBAL.clear()
+
+
+@pytest.mark.usefixtures("earlier_objects_left_out")
 def test_the_models_own_tensors_are_not_hidden_but_what_a_view_keeps_alive_is() -> None:
     model = nn.Sequential(nn.Linear(3000, 2000, bias=False))
     assert all(item.bytes < 4 * BIG for item in hidden_memory(model))
