@@ -4,6 +4,7 @@ The reference path dequantizes the matrix and multiplies. For a few rows, as in 
 faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
 and number of rows. A path that does not agree with the reference is never taken. Nothing is stored
 twice: every path reads the packed tensors that the checkpoint holds, or those bytes in another order.
+A CUDA graph is recorded of the paths that were measured before it; the reference is taken for others.
 
 Paths differ in rounding. Where numbers must repeat bit for bit (compressing, and comparing a reload
 with what was saved), `reference()` keeps to the dequantizing path, so weights are compared and not
@@ -13,9 +14,13 @@ kernels. It is also the path of training, of torch.compile, of tensors without d
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,15 +34,18 @@ if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
     from suite.sparse_layers import SemiStructuredLinear
 
-FEW_ROWS = 16
-"""Above, the reference path is taken unmeasured."""
+FEW_ROWS = {"cpu": 16, "cuda": 64}
+"""By device; above, the reference path is taken unmeasured."""
 
 REFERENCE = "dequantize"
 SCALED = "scale the output"
 TILES = "torch int4"
+FUSED = "triton"
 SPARSE = "torch 2:4"
 _BUCKETS = (1, 4, 16)
 _REPEATS = 3
+_CALLS = {"cpu": 1, "cuda": 20}
+"""Calls between two looks at the clock: a GPU works them off while the next ones are being launched."""
 _MUST_GAIN = 0.8
 """A path replaces another when it takes at most this share of its time: noise must not decide."""
 
@@ -53,6 +61,9 @@ _ROWS_OF_TILES = 64
 _VECTOR = 32
 """torch's int8 kernel reads whole vectors without looking where a row ends (seen: a crash at 21)."""
 
+_LEAST_ROWS = 32
+"""Of a CUDA product of integers; torch refuses 16 and fewer."""
+
 Path = Callable[[Tensor, "PackedMatrix", Tensor | None], Tensor]
 _chosen: dict[str, str] = {}
 _forced = 0
@@ -61,7 +72,7 @@ _forced = 0
 def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
+    if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS[x.device.type]:
         shape = (matrix.rows, matrix.columns)
         kept = kept_weight(matrix, shape, x.dtype, lambda: matrix.dequantize(x.dtype))
         return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
@@ -107,8 +118,10 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
     if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
         usable[SCALED] = scale_output
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
-        if _has_kernel("_weight_int8pack_mm", device) and dtype == torch.bfloat16 and whole:
+        if device.type == "cpu" and dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
+    if dtype == torch.bfloat16 and (kernels := fused(device)) and kernels.can_multiply(matrix):
+        usable[FUSED] = triton_product
     if matrix.can_be_tiled and (device.type == "cpu" or dtype == torch.bfloat16):
         usable[TILES] = torch_int4
     return usable
@@ -148,6 +161,15 @@ def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 
+def triton_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For every format on a GPU, our own kernels: weights are rebuilt in registers, on their way."""
+    matrix.lay_out_(tiled=False)
+    kernels = fused(x.device)
+    assert kernels is not None  # noqa: S101  (narrows; `paths` has looked)
+    product: Tensor = kernels.product(_rows(x), matrix)
+    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
     """`x` as one matrix of whole rows: torch's kernels refuse others, as of a batch's last positions."""
     return x.reshape(-1, x.shape[-1]).contiguous()
@@ -162,7 +184,7 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ rightᵀ` (int32, rows × rows) of int8 matrices (rows × columns), exact on every path."""
     usable = {"float": float_product}
     if _has_integer_product(left, right):
-        usable["torch int"] = lambda left, right: torch._int_mm(left, right.t())
+        usable["torch int"] = torch_int
     if len(usable) == 1 or not _free_to_choose(left):
         return float_product(left, right)
 
@@ -172,6 +194,13 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     form = f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}"
     name, _ = _fastest(form, {name: timed(path) for name, path in usable.items()}, left)
     return usable[name](left, right)
+
+
+def torch_int(left: Tensor, right: Tensor) -> Tensor:
+    """The same by torch's own product; on a GPU it takes no fewer than 17 rows, so zeros fill them up."""
+    missing = max(0, _LEAST_ROWS - len(left)) if left.device.type == "cuda" else 0
+    rows = functional.pad(left, (0, 0, 0, missing)) if missing else left
+    return torch._int_mm(rows, right.t())[: len(left)]
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
@@ -208,24 +237,33 @@ def forget() -> None:
 
 
 def _free_to_choose(x: Tensor) -> bool:
-    """Whether rounding may differ from the reference here, and time can be measured."""
+    """Whether rounding may differ from the reference here."""
     if _forced or torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
         return False
-    if torch.compiler.is_compiling():
-        return False
-    return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling()
 
 
-def _has_kernel(name: str, device: torch.device) -> bool:
-    """Whether this build of torch brings an operator of its own for the device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
-    return key is not None and bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key))
+@functools.cache
+def fused(device: torch.device) -> ModuleType | None:
+    """The module of Triton kernels where it can build them for the device, else None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from suite import triton_kernels
+
+    try:
+        triton_kernels.try_out(device)
+    except Exception as error:  # a compiler or a driver may fail in any way
+        warnings.warn(
+            f"packed weights are slower than they could be: Triton builds no kernels ({error})", stacklevel=2
+        )
+        return None
+    return triton_kernels
 
 
 def _has_integer_product(left: Tensor, right: Tensor) -> bool:
     """Whether torch has an integer product for these shapes that is exact and not a plain loop."""
     if left.device.type == "cuda":
-        return len(left) > 16 and left.shape[1] % 8 == 0 and len(right) % 8 == 0
+        return left.shape[1] % 8 == 0 and len(right) % 8 == 0
     # Without VNNI instructions, products are summed in 16 bits or one by one.
     vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
     return left.device.type == "cpu" and bool(vnni())
@@ -237,6 +275,8 @@ def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tens
     key = _key(form, rows, x.dtype, x.device)
     if key in _chosen:
         return _chosen[key], False
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # no time to be seen
+        return next(iter(calls)), False
     bucket = _bucket(rows)
     probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
     _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
@@ -274,15 +314,21 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
 
 
 def _seconds(call: Callable[[Tensor], Tensor], probe: Tensor) -> float:
-    """The shortest of a few calls; the first of all was made by the caller."""
-    taken = []
+    """What a call takes, the shortest of a few times; the first of all was made by the caller."""
+    taken, calls = [], _CALLS[probe.device.type]
     for _ in range(_REPEATS):
+        _wait(probe.device)
         start = time.perf_counter()
-        call(probe)
-        if probe.device.type == "cuda":
-            torch.cuda.synchronize(probe.device)
-        taken.append(time.perf_counter() - start)
+        for _ in range(calls):
+            call(probe)
+        _wait(probe.device)
+        taken.append((time.perf_counter() - start) / calls)
     return min(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _with_bias(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,16 @@ class PackedMatrix(nn.Module):
         """All of the matrix that decides how fast a path is."""
         zeros = "symmetric" if self.symmetric else "asymmetric"
         group = "channel" if self.group == self.columns else f"group {self.group}"
-        return f"{self.bits} bits, {group}, {zeros}, {self.rows}×{self.columns}"
+        grid = "" if self.grid == "uniform" else f"{self.grid}, "
+        return f"{self.bits} bits, {grid}{group}, {zeros}, {self.rows}×{self.columns}"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """What each code stands for, before scale and stored zero."""
+        if self.grid == "normal-float":
+            return NORMAL_FLOAT
+        fixed_zero = 1 << (self.bits - 1) if self.symmetric else 0
+        return tuple(float(code - fixed_zero) for code in range(1 << self.bits))
 
     def _grid_argument(self) -> dict[str, Any]:
         # Left out where it is the default, so that specs from before there were others stay equal.
@@ -103,11 +112,16 @@ class PackedMatrix(nn.Module):
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
         """The matrix (or the chosen rows of it) in `dtype`; a slice starts and ends with whole tiles."""
         scales = self.scales[rows]
+        fused = None if self.tiled else kernels.fused(self.packed.device)
+        if fused is not None:
+            zeros = None if self.symmetric else self.zeros[rows]
+            rebuilt: Tensor = fused.dequantize(self, dtype, self.packed[rows], scales, zeros)
+            return rebuilt
         if self.tiled and isinstance(rows, slice):
-            values = unpack_tiles_as(self.packed[rows], self._levels(), dtype)
+            values = unpack_tiles_as(self.packed[rows], self.levels, dtype)
         else:
             packed = rows_of_tiles(self.packed, cast(Tensor, rows)) if self.tiled else self.packed[rows]
-            values = unpack_as(packed, self.bits, self.columns, self._levels(), dtype)
+            values = unpack_as(packed, self.bits, self.columns, self.levels, dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns
@@ -160,13 +174,6 @@ class PackedMatrix(nn.Module):
         self.lay_out_(tiled=False)  # elsewhere there are other tiles, or none
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
-
-    def _levels(self) -> tuple[float, ...]:
-        """What each code stands for, before scale and stored zero."""
-        if self.grid == "normal-float":
-            return NORMAL_FLOAT
-        fixed_zero = 1 << (self.bits - 1) if self.symmetric else 0
-        return tuple(float(code - fixed_zero) for code in range(1 << self.bits))
 
     def _ungrouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1)[:, : self.columns]

@@ -179,11 +179,14 @@ class SemiStructuredLinear(SparseLinear):
 
     @property
     def has_kernel(self) -> bool:
-        """Whether torch multiplies 2:4 matrices of this shape, dtype and device by instructions for them."""
+        """Whether torch multiplies 2:4 matrices of this shape, dtype and device by instructions for them.
+
+        Its CUTLASS product refuses every compute capability but 8.x.
+        """
         if self.kept.dtype not in (torch.float16, torch.bfloat16) or self.kept.device.type != "cuda":
             return False
         whole = self.rows % 32 == 0 and self.columns % 64 == 0
-        return whole and torch.cuda.get_device_capability(self.kept.device) >= (8, 0)
+        return whole and torch.cuda.get_device_capability(self.kept.device)[0] == 8
 
     def in_torch_format(self) -> Tensor:
         """The matrix as torch's 2:4 tensor, which shares the values; the places are copied in its order.
