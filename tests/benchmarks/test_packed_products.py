@@ -1,8 +1,9 @@
-"""How long a decoder block of Llama-2-7B's shapes takes, dense and packed; run with `tox run -e benchmarks`.
+"""How long decoder blocks of Llama-2-7B's shapes take, dense and packed; run with `tox run -e benchmarks`.
 
 Weights are random, which no path's speed depends on. Rows are tokens decoded at once, one of each
-sequence. One row asks for memory, 64 for arithmetic, a prompt for more of it. The accelerator is used
-where there is one, and a CUDA graph replayed, as launching a block's kernels takes longer than they do.
+sequence. One row asks for memory, 64 for arithmetic, a prompt for more of it. An accelerator, where
+there is one, gets all of the model's blocks, as a replayed CUDA graph: launching kernels takes longer
+than they do.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from suite.run.environment import device_name
 from suite.specs import Budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = LlamaConfig(
-    vocab_size=256,  # hardly any: the block is what is timed
+BLOCKS = 32 if DEVICE == "cuda" else 1
+SHAPES = LlamaConfig(
+    vocab_size=256,  # hardly any: the blocks are what is timed
     hidden_size=4096,
     intermediate_size=11008,
-    num_hidden_layers=1,
+    num_hidden_layers=BLOCKS,
     num_attention_heads=32,
     dtype="bfloat16",
 )
@@ -59,7 +61,7 @@ def recipe(request: pytest.FixtureRequest) -> str:
 def model(recipe: str) -> Iterator[PreTrainedModel]:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        built = LlamaForCausalLM(BLOCK).bfloat16().eval()
+        built = LlamaForCausalLM(SHAPES).bfloat16().eval()
     parsed = Recipe.parse(recipe)
     kernels.forget()
     with widened(DEVICE):
@@ -68,22 +70,22 @@ def model(recipe: str) -> Iterator[PreTrainedModel]:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
-def test_decoding_with_a_block_of_7b_shapes(
+def test_decoding_with_blocks_of_7b_shapes(
     model: PreTrainedModel, recipe: str, rows: int, benchmark: BenchmarkFixture
 ) -> None:
-    benchmark.group = f"a block of Llama-2-7B's shapes, {rows} rows, {device_name(DEVICE)}"
+    benchmark.group = f"{BLOCKS} of Llama-2-7B's blocks, {rows} rows, {device_name(DEVICE)}"
     measure(model, recipe, (rows, 1), benchmark)
 
 
-def test_reading_a_prompt_with_a_block_of_7b_shapes(
+def test_reading_a_prompt_with_blocks_of_7b_shapes(
     model: PreTrainedModel, recipe: str, benchmark: BenchmarkFixture
 ) -> None:
-    benchmark.group = f"a block of Llama-2-7B's shapes, a prompt of {PROMPT}, {device_name(DEVICE)}"
+    benchmark.group = f"{BLOCKS} of Llama-2-7B's blocks, a prompt of {PROMPT}, {device_name(DEVICE)}"
     measure(model, recipe, (1, PROMPT), benchmark)
 
 
 def measure(model: PreTrainedModel, recipe: str, shape: tuple[int, int], benchmark: BenchmarkFixture) -> None:
-    ids = torch.randint(BLOCK.vocab_size, shape, device=DEVICE)
+    ids = torch.randint(SHAPES.vocab_size, shape, device=DEVICE)
 
     def step() -> Tensor:
         logits: Tensor = model(ids, use_cache=False, logits_to_keep=1).logits
