@@ -91,6 +91,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
         "knobs": record.knobs,
         "protocol": _protocol_label(record),
+        "text": m.perplexity.tokens_digest[:8] if m else None,
         "seed": spec.seed,
         "device": _device(record),
         "note": record.model_note,
@@ -162,7 +163,7 @@ def _protocol_label(record: Record) -> str:
         label += f" (partial: first {spec.limit} items a task)"
     if spec.calibration != spec.protocol.calibration:
         label += f" (calibration {spec.calibration})"
-    return label
+    return label if spec.device == "cpu" else f"{label} · {spec.device}"
 
 
 def _order(row: Row) -> tuple[Any, ...]:

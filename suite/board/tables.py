@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
     for shared in references:
         if not any(key[0] == shared for key in groups):
             groups[(shared, "none")] = []
+    versions = _versions_of_texts(references.values())
     result = []
     for (shared, contested), members in groups.items():
         reference = references.get(shared)
@@ -58,8 +59,27 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
         every = ([reference] if reference else []) + every
         first = every[0]
         title = f"{first['model']} · {first['protocol']}" + ("" if contested == "none" else f" · {contested}")
-        result.append(Table(title, tuple(every), notes(every, reference is not None)))
+        lines = notes(every, reference is not None)
+        if len(versions.get(_text_of(first), ())) > 1:
+            lines += (
+                f"perplexity is of text {first['text']}; other tables of this model and protocol have another"
+                " version of it, so perplexities are compared within tables alone",
+            )
+        result.append(Table(title, tuple(every), lines))
     return result
+
+
+def _versions_of_texts(references: Iterable[Row]) -> dict[tuple[str, str], set[str]]:
+    """The texts under one name, by model: of pydoc every interpreter ships its own version."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in references:
+        if row["text"]:
+            found.setdefault(_text_of(row), set()).add(row["text"])
+    return found
+
+
+def _text_of(row: Row) -> tuple[str, str]:
+    return row["model"], row["protocol"].partition(" ")[0]
 
 
 def markdown(records: Sequence[Record], standings: Standings | None = None) -> str:
