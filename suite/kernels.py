@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from suite.packing import product_with_tiles
 from suite.rebuilding import kept_weight
 
 if TYPE_CHECKING:
@@ -65,7 +64,10 @@ _LEAST_ROWS = 32
 """Of a CUDA product of integers; torch refuses 16 and fewer."""
 
 Path = Callable[[Tensor, "PackedMatrix", Tensor | None], Tensor]
-_chosen: dict[str, str] = {}
+Product = Callable[[Tensor], Tensor]
+Key = tuple[str, torch.dtype, torch.device, int]
+"""Format and shape, dtype and device of the activations, and the most rows of them."""
+_chosen: dict[Key, str] = {}
 _forced = 0
 
 
@@ -76,30 +78,36 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
         shape = (matrix.rows, matrix.columns)
         kept = kept_weight(matrix, shape, x.dtype, lambda: matrix.dequantize(x.dtype))
         return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
+    key = _key(matrix.form, rows, x)
+    if key in _chosen:
+        return _PATHS[_chosen[key]](x, matrix, bias)
     usable = paths(matrix, x.dtype, x.device)
-    if len(usable) == 1:
+    if len(usable) == 1 or _recorded(x):
         return dequantize(x, matrix, bias)
 
-    def timed(path: Path) -> Callable[[Tensor], Tensor]:
+    def timed(path: Path) -> Product:
         return lambda probe: path(probe, matrix, bias)
 
-    calls = {name: timed(path) for name, path in usable.items()}
-    name, measured = _fastest(matrix.form, calls, x)
-    if measured and TILES not in {path for key, path in _chosen.items() if key.startswith(matrix.form)}:
+    name = _chosen[key] = _fastest({name: timed(path) for name, path in usable.items()}, x)
+    if TILES not in {path for known, path in _chosen.items() if known[0] == matrix.form}:
         matrix.lay_out_(tiled=False)  # measured, and not worth it at any number of rows so far
     return usable[name](x, matrix, bias)
 
 
 def semi_structured_linear(x: Tensor, layer: SemiStructuredLinear, bias: Tensor | None) -> Tensor:
     """`x @ Wᵀ + bias` for a 2:4 matrix, of any number of rows: what is sparse gains most with many."""
-    if x.numel() and layer.has_kernel and _free_to_choose(x):
-        calls = {
-            REFERENCE: lambda probe: functional.linear(probe, layer.dense(), bias),
-            SPARSE: lambda probe: functional.linear(probe, layer.in_torch_format(), bias),
-        }
-        name, _ = _fastest(layer.form, calls, x)
-        if name == SPARSE:
-            return calls[SPARSE](x)
+    rows = x.numel() // x.shape[-1]
+    if rows and layer.has_kernel and _free_to_choose(x):
+
+        def sparse(probe: Tensor) -> Tensor:
+            return functional.linear(probe, layer.in_torch_format(), bias)
+
+        key = _key(layer.form, rows, x)
+        if key not in _chosen and not _recorded(x):
+            dense = {REFERENCE: lambda probe: functional.linear(probe, layer.dense(), bias)}
+            _chosen[key] = _fastest(dense | {SPARSE: sparse}, x)
+        if _chosen.get(key) == SPARSE:
+            return sparse(x)
     return functional.linear(x, layer.kept_or_dense(), bias)
 
 
@@ -107,22 +115,23 @@ def rebuilds(
     matrix: PackedMatrix | SemiStructuredLinear, rows: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether products of so many rows make the matrix dense: those that took no kernel in this process."""
-    return _chosen.get(_key(matrix.form, rows, dtype, device), REFERENCE) in (REFERENCE, SCALED)
+    return _chosen.get((matrix.form, dtype, device, _bucket(rows)), REFERENCE) in (REFERENCE, SCALED)
 
 
 def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
     """The paths that can multiply activations of this dtype with `matrix`, the reference first."""
     usable: dict[str, Path] = {REFERENCE: dequantize}
+    if device.type == "cuda":
+        kernels = fused(device) if dtype == torch.bfloat16 else None
+        return usable | {FUSED: triton_product} if kernels and kernels.can_multiply(matrix) else usable
     if dtype not in (torch.float32, torch.bfloat16):  # float16 overflows in products with unscaled codes
         return usable
     if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
         usable[SCALED] = scale_output
         whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
-        if device.type == "cpu" and dtype == torch.bfloat16 and whole:
+        if dtype == torch.bfloat16 and whole:
             usable["torch int8"] = torch_int8
-    if dtype == torch.bfloat16 and (kernels := fused(device)) and kernels.can_multiply(matrix):
-        usable[FUSED] = triton_product
-    if matrix.can_be_tiled and (device.type == "cpu" or dtype == torch.bfloat16):
+    if matrix.can_be_tiled:
         usable[TILES] = torch_int4
     return usable
 
@@ -157,17 +166,25 @@ def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For 4 bits torch's own kernel; the matrix's bytes are moved into its tiles for good."""
     matrix.lay_out_(tiled=True)
     scales = matrix.scales_and_offsets(x.dtype)
-    product = product_with_tiles(_rows(x), matrix.packed, matrix.group, scales)
+    product = torch._weight_int4pack_mm_for_cpu(_rows(x), matrix.packed, matrix.group, scales)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 
 def triton_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For every format on a GPU, our own kernels: weights are rebuilt in registers, on their way."""
-    matrix.lay_out_(tiled=False)
-    kernels = fused(x.device)
-    assert kernels is not None  # noqa: S101  (narrows; `paths` has looked)
-    product: Tensor = kernels.product(_rows(x), matrix)
+    from suite import triton_kernels
+
+    product = triton_kernels.product(_rows(x), matrix)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+
+
+_PATHS: dict[str, Path] = {
+    REFERENCE: dequantize,
+    SCALED: scale_output,
+    "torch int8": torch_int8,
+    TILES: torch_int4,
+    FUSED: triton_product,
+}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -182,18 +199,18 @@ def signed_codes(matrix: PackedMatrix) -> Tensor:
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ rightᵀ` (int32, rows × rows) of int8 matrices (rows × columns), exact on every path."""
-    usable = {"float": float_product}
-    if _has_integer_product(left, right):
-        usable["torch int"] = torch_int
-    if len(usable) == 1 or not _free_to_choose(left):
+    if not _has_integer_product(left, right) or not _free_to_choose(left):
         return float_product(left, right)
-
-    def timed(path: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda probe: path(probe, right)
-
-    form = f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}"
-    name, _ = _fastest(form, {name: timed(path) for name, path in usable.items()}, left)
-    return usable[name](left, right)
+    key = _key(f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}", len(left), left)
+    if key not in _chosen:
+        if _recorded(left):
+            return float_product(left, right)
+        products = {
+            "float": lambda probe: float_product(probe, right),
+            "torch int": lambda probe: torch_int(probe, right),
+        }
+        _chosen[key] = _fastest(products, left)
+    return torch_int(left, right) if _chosen[key] == "torch int" else float_product(left, right)
 
 
 def torch_int(left: Tensor, right: Tensor) -> Tensor:
@@ -228,7 +245,11 @@ def reference() -> Iterator[None]:
 
 def chosen() -> dict[str, str]:
     """The paths taken so far in this process: format, shape, dtype, device and rows -> path."""
-    return dict(sorted(_chosen.items()))
+    named = {
+        f"{form}, {str(dtype).removeprefix('torch.')}, {device}, up to {most} rows": path
+        for (form, dtype, device, most), path in _chosen.items()
+    }
+    return dict(sorted(named.items()))
 
 
 def forget() -> None:
@@ -269,29 +290,27 @@ def _has_integer_product(left: Tensor, right: Tensor) -> bool:
     return left.device.type == "cpu" and bool(vnni())
 
 
-def _fastest(form: str, calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> tuple[str, bool]:
-    """The name of the path that is fastest for inputs like `x`, and whether it was measured just now."""
-    rows = x.numel() // x.shape[-1]
-    key = _key(form, rows, x.dtype, x.device)
-    if key in _chosen:
-        return _chosen[key], False
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # no time to be seen
-        return next(iter(calls)), False
-    bucket = _bucket(rows)
+def _recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which no time passes."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _fastest(calls: Mapping[str, Product], x: Tensor) -> str:
+    """The name of the path that is fastest for inputs like `x`."""
+    bucket = _bucket(x.numel() // x.shape[-1])
     probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
-    _chosen[key] = _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
-    return _chosen[key], True
+    return _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
 
 
 def _bucket(rows: int) -> int:
     return next((most for most in _BUCKETS if rows <= most), 64)
 
 
-def _key(form: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{form}, {str(dtype).removeprefix('torch.')}, {device}, up to {_bucket(rows)} rows"
+def _key(form: str, rows: int, x: Tensor) -> Key:
+    return form, x.dtype, x.device, _bucket(rows)
 
 
-def _measure(calls: Mapping[str, Callable[[Tensor], Tensor]], probe: Tensor) -> str:
+def _measure(calls: Mapping[str, Product], probe: Tensor) -> str:
     """The fastest of `calls` (the reference first) among those that agree with the reference."""
     names = list(calls)
     expected = calls[names[0]](probe)
@@ -313,7 +332,7 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
     return bool(gap <= allowed * expected.float().norm())
 
 
-def _seconds(call: Callable[[Tensor], Tensor], probe: Tensor) -> float:
+def _seconds(call: Product, probe: Tensor) -> float:
     """What a call takes, the shortest of a few times; the first of all was made by the caller."""
     taken, calls = [], _CALLS[probe.device.type]
     for _ in range(_REPEATS):

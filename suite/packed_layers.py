@@ -57,6 +57,10 @@ class PackedMatrix(nn.Module):
         self.group, self.symmetric, self.grid = min(group, columns), symmetric, grid
         groups = math.ceil(columns / self.group)
         width = math.ceil(columns * bits / 8)
+        self.levels = self._levels()
+        """What each code stands for, before scale and stored zero."""
+        self.form = self._form()
+        """All of the matrix that decides how fast a path is."""
         self.register_buffer("packed", torch.zeros(rows, width, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(rows, groups, dtype=torch.float16))
         if grid == "float-zero":
@@ -70,21 +74,17 @@ class PackedMatrix(nn.Module):
         """Weights represented, whatever their width: packing leaves the parameter count alone."""
         return self.rows * self.columns
 
-    @property
-    def form(self) -> str:
-        """All of the matrix that decides how fast a path is."""
-        zeros = "symmetric" if self.symmetric else "asymmetric"
-        group = "channel" if self.group == self.columns else f"group {self.group}"
-        grid = "" if self.grid == "uniform" else f"{self.grid}, "
-        return f"{self.bits} bits, {grid}{group}, {zeros}, {self.rows}×{self.columns}"
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """What each code stands for, before scale and stored zero."""
+    def _levels(self) -> tuple[float, ...]:
         if self.grid == "normal-float":
             return NORMAL_FLOAT
         fixed_zero = 1 << (self.bits - 1) if self.symmetric else 0
         return tuple(float(code - fixed_zero) for code in range(1 << self.bits))
+
+    def _form(self) -> str:
+        zeros = "symmetric" if self.symmetric else "asymmetric"
+        group = "channel" if self.group == self.columns else f"group {self.group}"
+        grid = "" if self.grid == "uniform" else f"{self.grid}, "
+        return f"{self.bits} bits, {grid}{group}, {zeros}, {self.rows}×{self.columns}"
 
     def _grid_argument(self) -> dict[str, Any]:
         # Left out where it is the default, so that specs from before there were others stay equal.
@@ -139,7 +139,7 @@ class PackedMatrix(nn.Module):
         """Whether torch's 4-bit kernel has tiles for this matrix: whole ones, of even steps."""
         if self.bits != 4 or self.grid == "normal-float" or self.group not in (32, 64, 128, 256):
             return False
-        return self.columns % self.group == 0 and tiles_fit(self.rows, self.columns, self.packed.device)
+        return self.columns % self.group == 0 and tiles_fit(self.rows, self.packed.device)
 
     def lay_out_(self, tiled: bool) -> None:
         """Move the bytes of `packed` into tiles for torch's 4-bit kernel, or back."""
@@ -171,7 +171,7 @@ class PackedMatrix(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.lay_out_(tiled=False)  # elsewhere there are other tiles, or none
+        self.lay_out_(tiled=False)  # elsewhere there are no tiles
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
@@ -248,11 +248,6 @@ class PackedEmbedding(PackedMatrix):
             module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group, symmetric)
         module.quantize_(embedding.weight)
         return module
-
-    @property
-    def can_be_tiled(self) -> bool:
-        """As elsewhere, but not on CUDA, where rows cannot be read out of tiles one by one."""
-        return self.packed.device.type == "cpu" and super().can_be_tiled
 
     def arguments(self) -> dict[str, Any]:
         return {

@@ -43,29 +43,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return codes.to(torch.uint8).reshape(rows, -1)[:, :n]
 
 
-def tiles_fit(rows: int, columns: int, device: torch.device) -> bool:
-    """Whether torch's 4-bit kernel for `device` has tiles that a matrix of this shape fills."""
-    if device.type == "cuda":
-        tensor_cores = torch.cuda.get_device_capability(device) >= (8, 0)
-        return rows % 8 == 0 and steps_of_tile(columns) > 0 and tensor_cores
+def tiles_fit(rows: int, device: torch.device) -> bool:
+    """Whether torch's 4-bit kernel for `device` has tiles that a matrix of so many rows fills."""
     return device.type == "cpu" and rows % 64 == 0 and tile_width() > 0
-
-
-def steps_of_tile(columns: int) -> int:
-    """Steps of 16 columns in a tile of the CUDA kernel, as many as divide the columns; 0 where none do."""
-    return next((steps for steps in (8, 4, 2) if columns % (16 * steps) == 0), 0)
-
-
-def product_with_tiles(x: Tensor, tiles: Tensor, group: int, scales: Tensor) -> Tensor:
-    """`x` (n × columns) times the transpose of what `tile` made of a matrix, by torch's 4-bit kernel.
-
-    `scales`: groups × rows × 2, see `PackedMatrix.scales_and_offsets`. On CUDA all are bfloat16.
-    """
-    if tiles.device.type == "cpu":
-        return torch._weight_int4pack_mm_for_cpu(x, tiles, group, scales)
-    rows, half = tiles.shape
-    words = tiles.view(torch.int32).reshape(rows // 8, -1, 32, steps_of_tile(2 * half) // 2)
-    return torch._weight_int4pack_mm(x, words, group, scales)
 
 
 @functools.cache
@@ -79,22 +59,20 @@ def tile_width() -> int:
 
 
 def tile(packed: Tensor, columns: int) -> Tensor:
-    """4-bit rows as tiles for torch's kernel, in as many bytes; see `tiles_fit`.
+    """4-bit rows as tiles for torch's CPU kernel, in as many bytes; see `tiles_fit`.
 
-    On the CPU a tile holds `tile_width` rows, column by column, and a byte two rows half a tile apart.
+    A tile holds `tile_width` rows, column by column, and a byte two rows half a tile apart.
     """
-    if packed.device.type == "cuda":
-        return _tile_on_cuda(packed, columns)
     return torch._convert_weight_to_int4pack_for_cpu(unpack(packed, 4, columns).int(), 1)
 
 
 def untile(tiles: Tensor) -> Tensor:
     """Inverse of `tile`."""
-    return _untile(tiles, _codes_together(tiles))
+    return _untile(tiles, tile_width())
 
 
-def _untile(tiles: Tensor, together: int) -> Tensor:
-    return pack(_by_row(unpack(tiles.reshape(-1, together // 2), 4, together), tiles), 4)
+def _untile(tiles: Tensor, width: int) -> Tensor:
+    return pack(_by_row(unpack(tiles.reshape(-1, width // 2), 4, width), tiles), 4)
 
 
 def rows_of_tiles(tiles: Tensor, rows: Tensor) -> Tensor:
@@ -107,46 +85,15 @@ def rows_of_tiles(tiles: Tensor, rows: Tensor) -> Tensor:
 
 def unpack_tiles_as(tiles: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """As `unpack_as`, of tiles."""
-    together = _codes_together(tiles)
-    return _by_row(unpack_as(tiles.reshape(-1, together // 2), 4, together, levels, dtype), tiles)
-
-
-def _codes_together(tiles: Tensor) -> int:
-    """How many codes follow each other in an order that repeats: a column of a tile, or a CUDA tile."""
-    return 128 * steps_of_tile(2 * tiles.shape[1]) if tiles.device.type == "cuda" else tile_width()
+    width = tile_width()
+    return _by_row(unpack_as(tiles.reshape(-1, width // 2), 4, width, levels, dtype), tiles)
 
 
 def _by_row(values: Tensor, tiles: Tensor) -> Tensor:
-    """Rows × columns of what the bytes of `tiles` hold, given as one line for each `_codes_together`."""
-    if tiles.device.type == "cuda":
-        return _by_row_on_cuda(values, tiles)
+    """Rows × columns of what the bytes of `tiles` hold, given as one line for each column of a tile."""
     rows, columns = tiles.shape[0], 2 * tiles.shape[1]
     pairs = values.reshape(-1, columns, values.shape[1] // 2, 2)
     return pairs.permute(0, 3, 2, 1).reshape(rows, columns)
-
-
-def _tile_on_cuda(packed: Tensor, columns: int) -> Tensor:
-    swapped = packed << 4 | packed >> 4  # the earlier of two columns is the upper half of a byte there
-    words = torch._convert_weight_to_int4pack(swapped, steps_of_tile(columns))
-    return words.view(torch.uint8).reshape(packed.shape)
-
-
-def _by_row_on_cuda(values: Tensor, tiles: Tensor) -> Tensor:
-    rows, columns = tiles.shape[0], 2 * tiles.shape[1]
-    places = _places_on_cuda(steps_of_tile(columns), tiles.device)
-    return values[:, places].reshape(rows // 8, -1, *places.shape).transpose(1, 2).reshape(rows, columns)
-
-
-@functools.cache
-def _places_on_cuda(steps: int, device: torch.device) -> Tensor:
-    """Where in a tile its 8 × 16·steps codes stand. No text says it: it is found by tiling numbers."""
-    numbers = torch.arange(128 * steps, device=device).reshape(8, -1)
-    found = torch.zeros(numbers.numel(), dtype=torch.int64, device=device)
-    for shift in (0, 4, 8):
-        digits = pack((numbers >> shift & 15).to(torch.uint8), 4)
-        tiles = _tile_on_cuda(digits, numbers.shape[1])
-        found += unpack(tiles.reshape(1, -1), 4, numbers.numel())[0].long() << shift
-    return found.argsort().reshape(numbers.shape)
 
 
 _CODES = {2: 4, 3: 4, 4: 2}

@@ -17,12 +17,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
 
-MOST_ROWS = 64
-"""Of activations that `product` takes."""
-
-ROW_SHAPE = (8, 128, 4)
+ROW_SHAPE = (4, 256, 4)
 """Rows of the matrix and units of columns that a program takes at a time, and its warps; for one token."""
-ROWS_SHAPE = (32, 32, 4)
+ROWS_SHAPE = (32, 64, 4)
 """The same for more tokens."""
 
 _FIXED_ZERO, _PACKED_ZEROS, _FLOAT_ZEROS = 0, 1, 2
@@ -242,7 +239,7 @@ def can_multiply(matrix: PackedMatrix) -> bool:
 
 
 def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """`x @ Wᵀ` (tokens × rows) for contiguous bfloat16 `x` (tokens × columns), at most `MOST_ROWS` tokens."""
+    """`x @ Wᵀ` (tokens × rows) for contiguous bfloat16 `x` (tokens × columns), 64 tokens at most."""
     tokens, rows = len(x), matrix.rows
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     codes = _codes_in_unit(matrix.bits)

@@ -37,13 +37,14 @@ class Hidden:
 def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
     """Storages of at least `smallest` bytes alive in this process and not in the model, largest first.
 
-    Garbage is collected first. A storage of the model that is larger than the tensors it holds is
-    listed with what is beyond them. Tensors without data (meta) are left out. So is what was alive
-    before `gc.freeze()`, and with it an array or byte string put into a container that was: the
-    collector does not follow either. A tensor is found even there.
+    Garbage is collected first, and machine code that Triton built is left out. A storage of the
+    model that is larger than the tensors it holds is listed with what is beyond them. Tensors without
+    data (meta) are left out. So is what was alive before `gc.freeze()`, and with it an array or byte
+    string put into a container that was: the collector does not follow either. A tensor is found even
+    there.
     """
     gc.collect()
-    objects = gc.get_objects()
+    objects = _without_machine_code(gc.get_objects())
     counted = _counted(model)
     found: dict[int, tuple[int, list[object]]] = {}
     for tensor in (item for item in objects if issubclass(type(item), Tensor)):
@@ -131,6 +132,16 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
         return storage.data_ptr(), storage.nbytes()
     except (NotImplementedError, RuntimeError):  # sparse and other layouts without one storage
         return 0, 0
+
+
+def _without_machine_code(objects: list[Any]) -> list[Any]:
+    """All but Triton's kernels: their code has the size of a small model's matrix and grows with use."""
+    compiler = sys.modules.get("triton.compiler.compiler")
+    if compiler is None:
+        return objects
+    kernels = [item for item in objects if type(item) is compiler.CompiledKernel]
+    left_out = {id(item) for kernel in kernels for item in (kernel, kernel.asm, vars(kernel))}
+    return [item for item in objects if id(item) not in left_out]
 
 
 def _arrays(objects: list[object]) -> Iterator[Any]:

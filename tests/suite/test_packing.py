@@ -9,9 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from suite import packing
 from suite.grids import NORMAL_FLOAT
 from suite.packing import pack, rows_of_tiles, tile, tile_width, unpack, unpack_as, unpack_tiles_as, untile
 
@@ -72,51 +70,3 @@ def test_tiles_hold_what_rows_hold(blocks: int, pairs: int, seed: int, dtype: to
     assert torch.equal(unpack_tiles_as(tiles, NORMAL_FLOAT, dtype), expected)
     some = torch.tensor([rows - 1, 0, 31, 16, 0])
     assert torch.equal(rows_of_tiles(tiles, some), packed[some])
-
-
-@pytest.mark.parametrize("steps", [2, 4, 8])
-def test_whatever_order_the_cuda_kernel_wants_is_found_out(
-    steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shuffle = torch.randperm(128 * steps, generator=torch.Generator().manual_seed(steps))
-
-    def convert(halves: Tensor, asked: int) -> Tensor:
-        """As torch's: bytes with the earlier column above, to words of 8 codes in an order of its own."""
-        assert asked == steps
-        codes = torch.stack([halves >> 4, halves & 15], -1).reshape(len(halves), -1)
-        within = codes.reshape(len(codes) // 8, 8, -1, 16 * steps).transpose(1, 2).reshape(-1, 128 * steps)
-        words = pack(within[:, shuffle], 4).view(torch.int32)
-        return words.reshape(len(halves) // 8, -1, 32, steps // 2)
-
-    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", convert)
-    packing._places_on_cuda.cache_clear()
-    columns = 3 * 16 * steps
-    codes = random_codes(4, 40, columns, steps)
-    tiles = packing._tile_on_cuda(pack(codes, 4), columns)
-    assert tiles.shape == (40, columns // 2)
-    together = unpack(tiles.reshape(-1, 64 * steps), 4, 128 * steps)
-    assert torch.equal(packing._by_row_on_cuda(together, tiles), codes)
-    packing._places_on_cuda.cache_clear()
-
-
-def test_torch_takes_the_shapes_of_cuda_tiles() -> None:
-    with FakeTensorMode():  # shapes and dtypes as on a device, without one
-        packed = torch.empty(64, 48, dtype=torch.uint8, device="cuda")
-        x, scales = (
-            torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((3, 96), (3, 64, 2))
-        )
-        tiles = tile(packed, 96)
-        assert (tiles.shape, tiles.dtype) == (packed.shape, packed.dtype)
-        assert packing.product_with_tiles(x, tiles, 32, scales).shape == (3, 64)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "columns"), [(8, 32), (64, 576), (1536, 128)])
-def test_cuda_tiles_hold_what_rows_hold(rows: int, columns: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    packed = pack(random_codes(4, rows, columns, 0), 4).cuda()
-    tiles = tile(packed, columns)
-    assert torch.equal(untile(tiles), packed)
-    expected = unpack_as(packed, 4, columns, NORMAL_FLOAT, torch.bfloat16)
-    assert torch.equal(unpack_tiles_as(tiles, NORMAL_FLOAT, torch.bfloat16), expected)

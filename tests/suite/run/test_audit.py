@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -182,6 +184,25 @@ def test_a_tensor_is_found_in_a_container_that_was_there_before() -> None:
         assert "keeps it in the global '_GLOBAL'" in holder(nn.Linear(4, 4), found.objects)
     finally:
         _GLOBAL.clear()
+
+
+@pytest.mark.usefixtures("earlier_objects_left_out")
+def test_machine_code_of_kernels_is_no_hidden_memory_but_the_same_bytes_elsewhere_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class CompiledKernel:
+        def __init__(self, code: bytes):
+            self.asm = {"cubin": code}
+            self.kernel = code
+
+    compiler = ModuleType("triton.compiler.compiler")
+    compiler.CompiledKernel = CompiledKernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton.compiler.compiler", compiler)
+    kernels = [CompiledKernel(os.urandom(4 * BIG))]
+    assert all(item.bytes < 4 * BIG for item in hidden_memory(nn.Linear(4, 4)))
+    model = Holder(4, 4)
+    model.kept = [kernels[0].kernel]
+    assert hidden_memory(model)[0].bytes == 4 * BIG
 
 
 @pytest.mark.usefixtures("earlier_objects_left_out")
