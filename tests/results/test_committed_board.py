@@ -41,7 +41,7 @@ def test_every_cell_makes_its_weight_and_matches_its_plan(record: Record) -> Non
         elif packed:
             # What was planned to be factored and stays dense after all is packed, too.
             assert 0.997 * planned.params <= measured.sizes.params <= planned.params
-            assert measured.sizes.bytes_disk <= planned.bytes_disk
+            assert measured.sizes.bytes_disk <= planned.bytes_disk / 0.995
         else:
             assert 0.997 * planned.params <= measured.sizes.params <= planned.params
             assert 0.997 * planned.bytes_disk <= measured.sizes.bytes_disk <= planned.bytes_disk
