@@ -269,6 +269,8 @@ def fused(device: torch.device) -> ModuleType | None:
     """The module of Triton kernels where it can build them for the device, else None."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
+    if torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16 there
+        return None
     from suite import triton_kernels
 
     try:
