@@ -75,8 +75,7 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
     rows = x.numel() // max(x.shape[-1], 1)
     if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS[x.device.type]:
-        shape = (matrix.rows, matrix.columns)
-        kept = kept_weight(matrix, shape, x.dtype, lambda: matrix.dequantize(x.dtype))
+        kept = kept_weight(matrix, x.dtype, lambda: matrix.dequantize(x.dtype))
         return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
     key = _key(matrix.form, rows, x)
     if key in _chosen:

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from suite.packed_layers import PackedMatrix
+    from suite.sparse_layers import SparseMatrix
 
 KEPT_BYTES = 1 << 30
 
@@ -41,13 +46,13 @@ def rebuilt_once(room: int = KEPT_BYTES) -> Iterator[None]:
 
 
 def kept_weight(
-    module: nn.Module, shape: tuple[int, int], dtype: torch.dtype, build: Callable[[], Tensor]
+    module: PackedMatrix | SparseMatrix, dtype: torch.dtype, build: Callable[[], Tensor]
 ) -> Tensor | None:
     """The dense weight of `module` that `build` gives, or gave before; None where none is kept."""
     if _kept is None or torch.is_grad_enabled():
         return None
     if (module, dtype) not in _kept.weights:
-        size = shape[0] * shape[1] * dtype.itemsize
+        size = module.rows * module.columns * dtype.itemsize
         if size > _kept.room:
             return None
         _kept.room -= size

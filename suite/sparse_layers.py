@@ -115,7 +115,7 @@ class SparseMatrix(nn.Module):
 
     def kept_or_dense(self) -> Tensor:
         """The same, from an earlier call where `suite.rebuilding` keeps it."""
-        kept = kept_weight(self, (self.rows, self.columns), self.kept.dtype, self.dense)
+        kept = kept_weight(self, self.kept.dtype, self.dense)
         return self.dense() if kept is None else kept
 
 

@@ -33,4 +33,5 @@ def _view(table: Table) -> dict[str, object]:
         {"status": row["status"], "dense": row["recipe"] == "dense", "cells": cells, "record": row["record"]}
         for row, cells in zip(table.rows, cells(table.rows), strict=True)
     ]
-    return {"title": table.title, "headers": headers(table.rows), "lines": lines, "notes": table.notes}
+    names = {"title": table.title, "setting": table.setting, "contest": table.contest or "dense"}
+    return {**names, "headers": headers(table.rows), "lines": lines, "notes": table.notes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ _Z95 = 1.959963984540054
 def rows(records: Sequence[Record], standings: Standings | None = None) -> list[Row]:
     """One flat row per record, in the order of the board: dense first, then by budget and quality.
 
-    Quality is accuracy, or perplexity where the protocol has no tasks.
+    Quality is accuracy, or perplexity where the protocol has no tasks. The model with most rows is first.
 
     Without `standings`, which need the items, rows have no rank and no difference to dense.
     """
@@ -34,7 +35,8 @@ def rows(records: Sequence[Record], standings: Standings | None = None) -> list[
         )
         for record in records
     ]
-    return sorted(result, key=_order)
+    count = Counter(row["model"] for row in result)
+    return sorted(result, key=lambda row: (-count[row["model"]], *_order(row)))
 
 
 def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:

@@ -27,9 +27,16 @@ _NESTED = ("slower_than_dense", "tasks", "accuracy_ci", "knobs", "rank", "accura
 class Table:
     """The rows of one model under one protocol and one budget, with the dense row on top."""
 
-    title: str
+    setting: str
+    """The model and the protocol."""
+    contest: str
+    """Budget and training of the compressed rows; empty where there is only dense."""
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting} · {self.contest}" if self.contest else self.setting
 
 
 def tables(records: Sequence[Record], standings: Standings | None = None) -> list[Table]:
@@ -58,14 +65,14 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
             every = smaller_dense(reference, list(references.values()), metric) + every
         every = ([reference] if reference else []) + every
         first = every[0]
-        title = f"{first['model']} · {first['protocol']}" + ("" if contested == "none" else f" · {contested}")
+        setting = f"{first['model']} · {first['protocol']}"
         lines = notes(every, reference is not None)
         if len(versions.get(_text_of(first), ())) > 1:
             lines += (
                 f"perplexity is of text {first['text']}; other tables of this model and protocol have another"
                 " version of it, so perplexities are compared within tables alone",
             )
-        result.append(Table(title, tuple(every), lines))
+        result.append(Table(setting, "" if contested == "none" else contested, tuple(every), lines))
     return result
 
 

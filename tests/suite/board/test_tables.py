@@ -71,6 +71,29 @@ def test_latex_has_no_bare_unicode_signs(records: list[Record]) -> None:
     assert not {"±", "×", "κ"} & set(text)
 
 
+def test_the_model_with_most_rows_comes_first(records: list[Record]) -> None:
+    other = examples.finished("svd", "params=0.8", model="another", params=796)
+    assert [table.rows[0]["model"] for table in tables.tables([other, *records])][-1] == "another"
+
+
+def test_tables_of_a_gpu_are_apart_and_say_so(records: list[Record]) -> None:
+    there = [examples.finished("dense", "none", device="cuda"), examples.finished("svd", device="cuda")]
+    titles = [table.title for table in tables.tables([*records, *there])]
+    assert "tiny · example · cuda · params=0.8" in titles
+    assert len(set(titles)) == len(titles)
+
+
+def test_another_version_of_the_text_is_told(records: list[Record]) -> None:
+    assert "another version" not in tables.markdown(records)
+    dense = examples.finished("dense", "none", device="cuda")
+    assert dense.measurements is not None
+    text = dense.measurements.perplexity.model_copy(update={"tokens_digest": "0123456789"})
+    dense.measurements = dense.measurements.model_copy(update={"perplexity": text})
+    found = tables.tables([*records, dense])
+    assert all("another version of it" in table.notes[-1] for table in found)
+    assert any("of text 01234567;" in table.notes[-1] for table in found)
+
+
 def test_partial_rows_never_share_a_table_with_full_ones() -> None:
     full = examples.finished("svd", "params=0.8", params=796)
     partial = examples.finished("layerchop", "params=0.8", params=750, limit=10)
