@@ -27,7 +27,13 @@ class Chosen:
     items: pd.DataFrame
 
 
-def choose(store: RecordStore, name: str, model: str | None = None, protocol: str | None = None) -> Chosen:
+def choose(
+    store: RecordStore,
+    name: str,
+    model: str | None = None,
+    protocol: str | None = None,
+    device: str | None = None,
+) -> Chosen:
     """Find the record that a name means.
 
     Args:
@@ -35,6 +41,7 @@ def choose(store: RecordStore, name: str, model: str | None = None, protocol: st
         name: a record's file, its id or the beginning of it, `RECIPE@BUDGET`, or `RECIPE` alone.
         model: only records of this model.
         protocol: only records under the protocol of this name.
+        device: only records measured on this device, as `cpu` or `cuda`.
 
     Raises:
         InputError: nothing or more than one record fits, or the record has nothing to compare.
@@ -45,7 +52,7 @@ def choose(store: RecordStore, name: str, model: str | None = None, protocol: st
             raise InputError(f"record file '{name}' does not exist.")
         record = store.read(path)
     else:
-        record = _search(store, name, model, protocol)
+        record = _search(store, name, model, protocol, device)
         path = store.path(record.spec)
     label = _label(record)
     if record.failure or not record.measurements:
@@ -62,11 +69,14 @@ def choose(store: RecordStore, name: str, model: str | None = None, protocol: st
     return Chosen(label, record, record.measurements, frame)
 
 
-def _search(store: RecordStore, name: str, model: str | None, protocol: str | None) -> Record:
+def _search(
+    store: RecordStore, name: str, model: str | None, protocol: str | None, device: str | None
+) -> Record:
     records = store.all()
     for what, wanted, known in (
         ("model", model, {r.spec.model for r in records}),
         ("protocol", protocol, {r.spec.protocol.name for r in records}),
+        ("device", device, {r.spec.device for r in records}),
     ):
         if wanted is not None and wanted not in known:
             raise InputError(
@@ -82,6 +92,7 @@ def _search(store: RecordStore, name: str, model: str | None, protocol: str | No
         and (not budget or str(record.spec.budget) == budget)
         and model in (None, record.spec.model)
         and protocol in (None, record.spec.protocol.name)
+        and device in (None, record.spec.device)
     ]
     found = [record for record in found if record.status == "ok"] or found
     if not found:
@@ -92,13 +103,13 @@ def _search(store: RecordStore, name: str, model: str | None, protocol: str | No
         )
     if len(found) > 1:
         listing = "\n".join(
-            f"  {r.id}  {_label(r)} · {r.spec.model} · {r.spec.protocol.name}"
+            f"  {r.id}  {_label(r)} · {r.spec.model} · {r.spec.protocol.name} · {r.spec.device}"
             + (f" · limit {r.spec.limit}" if r.spec.limit else "")
             for r in found
         )
         raise InputError(
-            f"'{name}' means {len(found)} records; give an id, RECIPE@BUDGET, --model or"
-            f" --protocol:\n{listing}"
+            f"'{name}' means {len(found)} records; give an id, RECIPE@BUDGET, --model,"
+            f" --protocol or --device:\n{listing}"
         )
     return found[0]
 

@@ -24,6 +24,7 @@ def compare(
     results: Results = DEFAULT_RESULTS,
     model: Annotated[str | None, typer.Option(help="Look among the records of this model.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Look among the records of this protocol.")] = None,
+    device: Annotated[str | None, typer.Option(help="Look among the records of this device.")] = None,
     confidence: Annotated[float, typer.Option(help="Confidence of all intervals together.")] = 0.95,
     format: Annotated[str, typer.Option(help="text or md.")] = "text",
     as_json: Json = False,
@@ -40,7 +41,7 @@ def compare(
     if not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence:g}: it must be at least 0.5 and below 1, such as 0.95.")
     store = RecordStore(results)
-    result = compared([choose(store, name, model, protocol) for name in names], confidence)
+    result = compared([choose(store, name, model, protocol, device) for name in names], confidence)
     if as_json:
         typer.echo(json.dumps(finite(result), indent=1, ensure_ascii=False))
     else:

@@ -172,6 +172,18 @@ def test_an_ambiguous_name_lists_the_candidates(store: RecordStore) -> None:
     assert "svd@params=0.7" in str(error.value)
 
 
+def test_records_of_two_devices_are_told_apart(store: RecordStore) -> None:
+    there = examples.finished("svd", "params=0.8", device="cuda")
+    store.save(there, rows(BAD))
+    with pytest.raises(InputError, match="--device") as error:
+        choose(store, "svd")
+    assert f"{there.id}  svd@params=0.8 · tiny · example · cuda" in str(error.value)
+    assert choose(store, "svd", device="cuda").record == there
+    assert choose(store, "svd", device="cpu").record != there
+    with pytest.raises(InputError, match=r"no record has device 'cdua'.*Did you mean 'cuda'"):
+        choose(store, "svd", device="cdua")
+
+
 def test_a_record_is_found_by_file_id_and_recipe_alike(store: RecordStore) -> None:
     record = choose(store, "svd").record
     assert choose(store, record.id).record == record

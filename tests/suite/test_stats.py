@@ -174,7 +174,7 @@ def test_more_items_never_show_less(sizes: list[int], discordant: float) -> None
 
 @pytest.fixture(scope="module")
 def chosen() -> dict[str, Chosen]:
-    return {name: choose(STORE, row, protocol="embedded") for name, row in ROWS.items()}
+    return {name: choose(STORE, row, protocol="embedded", device="cpu") for name, row in ROWS.items()}
 
 
 @pytest.fixture(scope="module")
