@@ -93,6 +93,7 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "compress_peak_bytes": record.compression.peak_bytes if record.compression else None,
         "knobs": record.knobs,
         "protocol": _protocol_label(record),
+        "protocol_name": spec.protocol.name,
         "text": m.perplexity.tokens_digest[:8] if m else None,
         "seed": spec.seed,
         "device": _device(record),

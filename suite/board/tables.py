@@ -86,7 +86,7 @@ def _versions_of_texts(references: Iterable[Row]) -> dict[tuple[str, str], set[s
 
 
 def _text_of(row: Row) -> tuple[str, str]:
-    return row["model"], row["protocol"].partition(" ")[0]
+    return row["model"], row["protocol_name"]
 
 
 def markdown(records: Sequence[Record], standings: Standings | None = None) -> str:
