@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -295,8 +296,16 @@ print(*({spared} & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == ""
 
 
+def _ctrl_c(run: subprocess.Popen[str]) -> None:
+    """As a terminal does it: to the command, its fork server and its workers alike."""
+    os.killpg(run.pid, signal.SIGINT)
+
+
 @pytest.mark.slow
-def test_workers_do_not_outlive_a_run_that_is_asked_to_end(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", [_ctrl_c, subprocess.Popen.terminate])
+def test_workers_do_not_outlive_a_run_that_is_asked_to_end(
+    ask: Callable[[subprocess.Popen[str]], None], tiny: str, tmp_path: Path
+) -> None:
     protocol = tmp_path / "tiny.yaml"
     protocol.write_text(examples.TINY_PROTOCOL)
     note = tmp_path / "worker"
@@ -305,18 +314,21 @@ def test_workers_do_not_outlive_a_run_that_is_asked_to_end(tiny: str, tmp_path: 
     command = [sys.executable, "-c", "from suite.cli import main; main()", "run", "--model", tiny]
     command += ["--recipe", "waits", "--budget", "params=0.9", "--protocol", str(protocol)]
     command += ["--results", str(tmp_path / "results"), "--plugin", plugin]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 240
         while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
             time.sleep(0.2)
         worker = int(note.read_text())
-        run.terminate()
+        ask(run)
         told, _ = run.communicate(timeout=60)
     finally:
         run.kill()
     assert run.returncode == 130
     assert "Stopped." in told
+    assert "Traceback" not in told
     with pytest.raises(ProcessLookupError):
         _wait_for_the_end_of(worker)
 
