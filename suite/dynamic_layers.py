@@ -60,7 +60,7 @@ class DynamicInt8Linear(PackedLinear):
     def _product(self, x: Tensor) -> Tensor:
         """The product of `x` (tokens × in) with the weights: tokens × out, float32."""
         codes, scales = per_token(x)
-        sums = kernels.integer_product(codes, kernels.signed_codes(self))
+        sums = kernels.integer_product(codes, self)
         return sums.float() * scales * self.scales.float().squeeze(-1)
 
 
@@ -85,7 +85,7 @@ class OutlierInt8Linear(DynamicInt8Linear):
         columns = large.any(0).nonzero().squeeze(-1)
         if len(columns) == 0:
             return product
-        weight = kernels.signed_codes(self)[:, columns].float() * self.scales.float()
+        weight = (self.packed[:, columns].float() - 128) * self.scales.float()
         outliers = torch.where(large[:, columns], x[:, columns], 0).float()
         return product + outliers @ weight.t()
 

@@ -3,7 +3,7 @@
 The reference path dequantizes the matrix and multiplies. For a few rows, as in decoding, others can be
 faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
 and number of rows. A path that does not agree with the reference is never taken. Nothing is stored
-twice: every path reads the packed tensors that the checkpoint holds, or those bytes in another order.
+twice: every path reads the packed tensors that the checkpoint holds.
 A CUDA graph is recorded of the paths that were measured before it; the reference is taken for others.
 
 Paths differ in rounding. Where numbers must repeat bit for bit (compressing, and comparing a reload
@@ -27,21 +27,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from suite import numba_kernels
 from suite.rebuilding import kept_weight
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
     from suite.sparse_layers import SemiStructuredLinear
 
-FEW_ROWS = {"cpu": 16, "cuda": 64}
-"""By device; above, the reference path is taken unmeasured."""
+FEW_ROWS = 64
+"""Above, the reference path is taken unmeasured."""
 
 REFERENCE = "dequantize"
-SCALED = "scale the output"
-TILES = "torch int4"
+COMPILED = "numba"
 FUSED = "triton"
+FLOATS = "float"
+INTEGERS = "torch int"
 SPARSE = "torch 2:4"
-_BUCKETS = (1, 4, 16)
+_BUCKETS = (1, 4, 16, FEW_ROWS)
+_MANY_ROWS = 256
+"""Stands for all numbers of rows above, for products that have other paths there too."""
 _REPEATS = 3
 _CALLS = {"cpu": 1, "cuda": 20}
 """Calls between two looks at the clock: a GPU works them off while the next ones are being launched."""
@@ -53,12 +57,6 @@ _EXACT_COLUMNS = 1024
 
 _AT_ONCE = 1 << 20
 """Weights that a processor rebuilds at a time: larger tensors get fresh memory from the system each time."""
-
-_ROWS_OF_TILES = 64
-"""Rows that start a part start a tile, too."""
-
-_VECTOR = 32
-"""torch's int8 kernel reads whole vectors without looking where a row ends (seen: a crash at 21)."""
 
 _LEAST_ROWS = 32
 """Of a CUDA product of integers; torch refuses 16 and fewer."""
@@ -74,7 +72,7 @@ _forced = 0
 def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS[x.device.type]:
+    if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
         kept = kept_weight(matrix, x.dtype, lambda: matrix.dequantize(x.dtype))
         return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
     key = _key(matrix.form, rows, x)
@@ -88,8 +86,6 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
         return lambda probe: path(probe, matrix, bias)
 
     name = _chosen[key] = _fastest({name: timed(path) for name, path in usable.items()}, x)
-    if TILES not in {path for known, path in _chosen.items() if known[0] == matrix.form}:
-        matrix.lay_out_(tiled=False)  # measured, and not worth it at any number of rows so far
     return usable[name](x, matrix, bias)
 
 
@@ -114,7 +110,7 @@ def rebuilds(
     matrix: PackedMatrix | SemiStructuredLinear, rows: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether products of so many rows make the matrix dense: those that took no kernel in this process."""
-    return _chosen.get((matrix.form, dtype, device, _bucket(rows)), REFERENCE) in (REFERENCE, SCALED)
+    return _chosen.get((matrix.form, dtype, device, _bucket(rows)), REFERENCE) in (REFERENCE, FLOATS)
 
 
 def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dict[str, Path]:
@@ -123,21 +119,15 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
     if device.type == "cuda":
         kernels = fused(device) if dtype == torch.bfloat16 else None
         return usable | {FUSED: triton_product} if kernels and kernels.can_multiply(matrix) else usable
-    if dtype not in (torch.float32, torch.bfloat16):  # float16 overflows in products with unscaled codes
-        return usable
-    if matrix.bits == 8 and matrix.symmetric and matrix.group == matrix.columns:
-        usable[SCALED] = scale_output
-        whole = matrix.columns % _VECTOR == 0 and matrix.rows % _VECTOR == 0
-        if dtype == torch.bfloat16 and whole:
-            usable["torch int8"] = torch_int8
-    if matrix.can_be_tiled:
-        usable[TILES] = torch_int4
+    # Codes are summed before they are scaled, which float16 might not hold; float64 would lose precision.
+    if dtype in (torch.float32, torch.bfloat16) and numba_kernels.can_multiply(matrix):
+        usable[COMPILED] = numba_product
     return usable
 
 
 def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """The reference: the matrix in the dtype of `x`, for the length of the call or in parts of that."""
-    rows = max(_ROWS_OF_TILES, _AT_ONCE // matrix.columns // _ROWS_OF_TILES * _ROWS_OF_TILES)
+    rows = max(1, _AT_ONCE // matrix.columns)
     if rows >= matrix.rows or x.device.type != "cpu":
         return functional.linear(x, matrix.dequantize(x.dtype), bias)
     products = []
@@ -148,24 +138,9 @@ def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     return torch.cat(products, -1)
 
 
-def scale_output(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For 8 bits with one scale per row: the scale multiplies a row's sum instead of its weights."""
-    product = functional.linear(x, signed_codes(matrix).to(x.dtype))
-    return _with_bias(product.float() * matrix.scales.float().squeeze(-1), bias, x.dtype)
-
-
-def torch_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For 8 bits with one scale per row, torch's own kernel: it widens the weights as it goes."""
-    scales = matrix.scales.squeeze(-1).to(x.dtype)
-    product = torch._weight_int8pack_mm(_rows(x), signed_codes(matrix), scales)
-    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
-
-
-def torch_int4(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For 4 bits torch's own kernel; the matrix's bytes are moved into its tiles for good."""
-    matrix.lay_out_(tiled=True)
-    scales = matrix.scales_and_offsets(x.dtype)
-    product = torch._weight_int4pack_mm_for_cpu(_rows(x), matrix.packed, matrix.group, scales)
+def numba_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """For every format on a processor, our own kernels: weights are rebuilt in registers, on their way."""
+    product = numba_kernels.product(_rows(x), matrix)
     return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
 
 
@@ -179,9 +154,7 @@ def triton_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tens
 
 _PATHS: dict[str, Path] = {
     REFERENCE: dequantize,
-    SCALED: scale_output,
-    "torch int8": torch_int8,
-    TILES: torch_int4,
+    COMPILED: numba_product,
     FUSED: triton_product,
 }
 
@@ -191,43 +164,40 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    """`x @ (codes − 128)ᵀ` (int32, tokens × rows) of int8 `x` and an 8-bit matrix, exact on every path."""
+    products: dict[str, Product] = {FLOATS: lambda probe: float_product(probe, signed_codes(matrix))}
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix.packed)}
+    first = next(iter(products))
+    key = _key(matrix.form, len(x), x)
+    if not _free_to_choose(x) or (key not in _chosen and _recorded(x)):
+        return products[first](x)
+    if _has_integer_product(x, matrix):
+        products[INTEGERS] = lambda probe: torch_int(probe, signed_codes(matrix))
+    if key not in _chosen:
+        _chosen[key] = _fastest(products, x)
+    return products[_chosen[key]](x)
+
+
 def signed_codes(matrix: PackedMatrix) -> Tensor:
     """The codes of a symmetric 8-bit matrix less their zero point of 128 (int8, rows × columns)."""
     return (matrix.packed ^ 0x80).view(torch.int8)
 
 
-def integer_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ rightᵀ` (int32, rows × rows) of int8 matrices (rows × columns), exact on every path."""
-    if not _has_integer_product(left, right) or not _free_to_choose(left):
-        return float_product(left, right)
-    key = _key(f"8 bits with 8-bit activations, {right.shape[0]}×{right.shape[1]}", len(left), left)
-    if key not in _chosen:
-        if _recorded(left):
-            return float_product(left, right)
-        products = {
-            "float": lambda probe: float_product(probe, right),
-            "torch int": lambda probe: torch_int(probe, right),
-        }
-        _chosen[key] = _fastest(products, left)
-    return torch_int(left, right) if _chosen[key] == "torch int" else float_product(left, right)
-
-
 def torch_int(left: Tensor, right: Tensor) -> Tensor:
-    """The same by torch's own product; on a GPU it takes no fewer than 17 rows, so zeros fill them up."""
+    """`left @ rightᵀ` of int8 matrices by torch; a GPU takes no fewer than 17 rows, so zeros fill them up."""
     missing = max(0, _LEAST_ROWS - len(left)) if left.device.type == "cuda" else 0
     rows = functional.pad(left, (0, 0, 0, missing)) if missing else left
     return torch._int_mm(rows, right.t())[: len(left)]
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
-    """The exact integer product by float32 multiplications, a slice of the columns at a time."""
+    """The same by float32 multiplications, a slice of the columns at a time."""
     total = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
-    rows = _AT_ONCE // _EXACT_COLUMNS if left.device.type == "cpu" else max(1, len(right))
     for start in range(0, left.shape[1], _EXACT_COLUMNS):
         part = slice(start, start + _EXACT_COLUMNS)
-        wide = left[:, part].float()
-        for some, into in zip(right.split(rows), total.split(rows, -1), strict=True):
-            into += (wide @ some[:, part].float().t()).to(torch.int32)
+        total += (left[:, part].float() @ right[:, part].float().t()).to(torch.int32)
     return total
 
 
@@ -245,7 +215,7 @@ def reference() -> Iterator[None]:
 def chosen() -> dict[str, str]:
     """The paths taken so far in this process: format, shape, dtype, device and rows -> path."""
     named = {
-        f"{form}, {str(dtype).removeprefix('torch.')}, {device}, up to {most} rows": path
+        f"{form}, {str(dtype).removeprefix('torch.')}, {device}, {_described(most)}": path
         for (form, dtype, device, most), path in _chosen.items()
     }
     return dict(sorted(named.items()))
@@ -282,13 +252,13 @@ def fused(device: torch.device) -> ModuleType | None:
     return triton_kernels
 
 
-def _has_integer_product(left: Tensor, right: Tensor) -> bool:
+def _has_integer_product(x: Tensor, matrix: PackedMatrix) -> bool:
     """Whether torch has an integer product for these shapes that is exact and not a plain loop."""
-    if left.device.type == "cuda":
-        return left.shape[1] % 8 == 0 and len(right) % 8 == 0
+    if x.device.type == "cuda":
+        return matrix.columns % 8 == 0 and matrix.rows % 8 == 0
     # Without VNNI instructions, products are summed in 16 bits or one by one.
     vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    return left.device.type == "cpu" and bool(vnni())
+    return x.device.type == "cpu" and bool(vnni())
 
 
 def _recorded(x: Tensor) -> bool:
@@ -304,7 +274,11 @@ def _fastest(calls: Mapping[str, Product], x: Tensor) -> str:
 
 
 def _bucket(rows: int) -> int:
-    return next((most for most in _BUCKETS if rows <= most), 64)
+    return next((most for most in _BUCKETS if rows <= most), _MANY_ROWS)
+
+
+def _described(most: int) -> str:
+    return f"up to {most} rows" if most <= FEW_ROWS else f"over {FEW_ROWS} rows"
 
 
 def _key(form: str, rows: int, x: Tensor) -> Key:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,7 @@ from suite import kernels
 from suite.errors import InputError
 from suite.grids import NORMAL_FLOAT, Grid, round_to_nearest, to_normal_float
 from suite.layers import default_dtype, module_type
-from suite.packing import (
-    pack,
-    rows_of_tiles,
-    tile,
-    tiles_fit,
-    unpack,
-    unpack_as,
-    unpack_tiles_as,
-    untile,
-)
+from suite.packing import pack, unpack, unpack_as
 
 
 class PackedMatrix(nn.Module):
@@ -38,8 +29,6 @@ class PackedMatrix(nn.Module):
     packed: Tensor
     scales: Tensor
     zeros: Tensor
-    tiled = False
-    """Whether the bytes of `packed` lie in tiles for torch's 4-bit kernel, as they never do in a file."""
 
     def __init__(
         self, rows: int, columns: int, bits: int, group: int, symmetric: bool, grid: Grid = "uniform"
@@ -101,7 +90,6 @@ class PackedMatrix(nn.Module):
     @torch.no_grad()
     def store_(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Store whole-numbered codes (rows × columns), scales and zeros (rows × groups) as they are."""
-        self.tiled = False
         self.packed.copy_(pack(codes.to(torch.uint8), self.bits))
         self.scales.copy_(scales)
         if self.grid == "float-zero":
@@ -110,70 +98,27 @@ class PackedMatrix(nn.Module):
             self.zeros.copy_(pack(cast(Tensor, zeros).to(torch.uint8), self.bits))
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
-        """The matrix (or the chosen rows of it) in `dtype`; a slice starts and ends with whole tiles."""
+        """The matrix (or the chosen rows of it) in `dtype`."""
         scales = self.scales[rows]
-        fused = None if self.tiled else kernels.fused(self.packed.device)
+        fused = kernels.fused(self.packed.device)
         if fused is not None:
             zeros = None if self.symmetric else self.zeros[rows]
             rebuilt: Tensor = fused.dequantize(self, dtype, self.packed[rows], scales, zeros)
             return rebuilt
-        if self.tiled and isinstance(rows, slice):
-            values = unpack_tiles_as(self.packed[rows], self.levels, dtype)
-        else:
-            packed = rows_of_tiles(self.packed, cast(Tensor, rows)) if self.tiled else self.packed[rows]
-            values = unpack_as(packed, self.bits, self.columns, self.levels, dtype)
+        values = unpack_as(self.packed[rows], self.bits, self.columns, self.levels, dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns
         values = functional.pad(values, (0, padding)) if padding else values
         values = values.reshape(-1, groups, self.group)
         if not self.symmetric:
-            zeros = self.zeros[rows]
-            if self.grid != "float-zero":
-                zeros = unpack(zeros, self.bits, groups)
-            values = values - zeros.to(dtype).unsqueeze(-1)
+            values = values - self.stored_zeros(rows).to(dtype).unsqueeze(-1)
         return self._ungrouped(values * scales.to(dtype).unsqueeze(-1))
 
-    @property
-    def can_be_tiled(self) -> bool:
-        """Whether torch's 4-bit kernel has tiles for this matrix: whole ones, of even steps."""
-        if self.bits != 4 or self.grid == "normal-float" or self.group not in (32, 64, 128, 256):
-            return False
-        return self.columns % self.group == 0 and tiles_fit(self.rows, self.packed.device)
-
-    def lay_out_(self, tiled: bool) -> None:
-        """Move the bytes of `packed` into tiles for torch's 4-bit kernel, or back."""
-        if tiled != self.tiled:
-            self.packed.copy_(tile(self.packed, self.columns) if tiled else untile(self.packed))
-            self.tiled = tiled
-
-    def scales_and_offsets(self, dtype: torch.dtype) -> Tensor:
-        """What torch's 4-bit kernel reads: scale and offset, value = scale · (code − 8) + offset.
-
-        Groups × rows × 2.
-        """
-        found = torch.zeros(self.scales.shape[1], self.rows, 2, dtype=dtype, device=self.scales.device)
-        found[..., 0] = self.scales.T
-        if not self.symmetric:
-            zeros = self.zeros
-            if self.grid != "float-zero":
-                zeros = unpack(zeros, self.bits, self.scales.shape[1])
-            found[..., 1] = (self.scales.float() * (8 - zeros.float())).T
-        return found
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.tiled:
-            destination[f"{prefix}packed"] = untile(self.packed)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.lay_out_(tiled=False)
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.lay_out_(tiled=False)  # elsewhere there are no tiles
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self
+    def stored_zeros(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The zero points of an asymmetric matrix, or of the chosen rows of it (n × groups)."""
+        zeros = self.zeros[rows]
+        return zeros if self.grid == "float-zero" else unpack(zeros, self.bits, self.scales.shape[1])
 
     def _ungrouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1)[:, : self.columns]

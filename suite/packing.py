@@ -43,57 +43,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return codes.to(torch.uint8).reshape(rows, -1)[:, :n]
 
 
-def tiles_fit(rows: int, device: torch.device) -> bool:
-    """Whether torch's 4-bit kernel for `device` has tiles that a matrix of so many rows fills."""
-    return device.type == "cpu" and rows % 64 == 0 and tile_width() > 0
-
-
-@functools.cache
-def tile_width() -> int:
-    """Rows in a tile of torch's 4-bit CPU kernel on this processor; 0 where its layout is not known."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    codes = torch.randint(16, (64, 64), generator=generator, dtype=torch.int32, device="cpu")
-    tiles = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    packed = pack(codes.to(torch.uint8), 4)
-    return next((width for width in (32, 64) if torch.equal(_untile(tiles, width), packed)), 0)
-
-
-def tile(packed: Tensor, columns: int) -> Tensor:
-    """4-bit rows as tiles for torch's CPU kernel, in as many bytes; see `tiles_fit`.
-
-    A tile holds `tile_width` rows, column by column, and a byte two rows half a tile apart.
-    """
-    return torch._convert_weight_to_int4pack_for_cpu(unpack(packed, 4, columns).int(), 1)
-
-
-def untile(tiles: Tensor) -> Tensor:
-    """Inverse of `tile`."""
-    return _untile(tiles, tile_width())
-
-
-def _untile(tiles: Tensor, width: int) -> Tensor:
-    return pack(_by_row(unpack(tiles.reshape(-1, width // 2), 4, width), tiles), 4)
-
-
-def rows_of_tiles(tiles: Tensor, rows: Tensor) -> Tensor:
-    """The chosen rows (n) of what was tiled on the CPU, packed as `pack` packs them (n × bytes)."""
-    width = tile_width()
-    half = width // 2
-    pairs = tiles.reshape(-1, 2 * tiles.shape[1], half)[rows // width, :, rows % half]
-    return pack(torch.where((rows % width < half).unsqueeze(-1), pairs & 15, pairs >> 4), 4)
-
-
-def unpack_tiles_as(tiles: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """As `unpack_as`, of tiles."""
-    width = tile_width()
-    return _by_row(unpack_as(tiles.reshape(-1, width // 2), 4, width, levels, dtype), tiles)
-
-
-def _by_row(values: Tensor, tiles: Tensor) -> Tensor:
-    """Rows × columns of what the bytes of `tiles` hold, given as one line for each column of a tile."""
-    rows, columns = tiles.shape[0], 2 * tiles.shape[1]
-    pairs = values.reshape(-1, columns, values.shape[1] // 2, 2)
-    return pairs.permute(0, 3, 2, 1).reshape(rows, columns)
+def codes_in_unit(bits: int) -> int:
+    """Codes that kernels read as one number: those of four bytes, or of three where codes have 3 bits."""
+    return 8 if bits == 3 else 32 // bits
 
 
 _CODES = {2: 4, 3: 4, 4: 2}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from suite import kernels
+from suite.dynamic_layers import DynamicInt8Linear
 from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
@@ -27,7 +29,8 @@ def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: 
 
     def imitates(module: nn.Module) -> bool:
         if isinstance(module, PackedMatrix | SemiStructuredLinear):
-            return kernels.rebuilds(module, rows, model.dtype, model.device)
+            dtype = torch.int8 if isinstance(module, DynamicInt8Linear) else model.dtype
+            return kernels.rebuilds(module, rows, dtype, model.device)
         return bool(getattr(module, "simulated", False))
 
     marked = [path for path, module in model.named_modules() if imitates(module)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from suite.grids import NORMAL_FLOAT
-from suite.packing import pack, rows_of_tiles, tile, tile_width, unpack, unpack_as, unpack_tiles_as, untile
+from suite.packing import pack, unpack, unpack_as
 
 BITS = st.sampled_from([2, 3, 4, 8])
 ROWS, COLUMNS, SEEDS = st.integers(1, 6), st.integers(1, 40), st.integers(0, 999)
@@ -52,21 +51,3 @@ def test_levels_need_not_be_even(rows: int, columns: int, seed: int, dtype: torc
     codes = random_codes(4, rows, columns, seed)
     expected = torch.tensor(NORMAL_FLOAT, dtype=dtype)[codes.int()]
     assert torch.equal(unpack_as(pack(codes, 4), 4, columns, NORMAL_FLOAT, dtype), expected)
-
-
-needs_tiles = pytest.mark.skipif(not tile_width(), reason="torch's 4-bit kernel has no known tiles here")
-
-
-@needs_tiles
-@given(st.integers(1, 3), st.integers(1, 9), SEEDS, DTYPES)
-def test_tiles_hold_what_rows_hold(blocks: int, pairs: int, seed: int, dtype: torch.dtype) -> None:
-    rows, columns = 64 * blocks, 2 * pairs
-    packed = pack(random_codes(4, rows, columns, seed), 4)
-    tiles = tile(packed, columns)
-    assert tiles.shape == packed.shape
-    assert tiles.dtype == packed.dtype
-    assert torch.equal(untile(tiles), packed)
-    expected = unpack_as(packed, 4, columns, NORMAL_FLOAT, dtype)
-    assert torch.equal(unpack_tiles_as(tiles, NORMAL_FLOAT, dtype), expected)
-    some = torch.tensor([rows - 1, 0, 31, 16, 0])
-    assert torch.equal(rows_of_tiles(tiles, some), packed[some])

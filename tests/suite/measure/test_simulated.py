@@ -39,7 +39,7 @@ def test_linears_of_a_class_marked_simulated_count(family: str, monkeypatch: pyt
     assert share(model) == 0
 
 
-@pytest.mark.parametrize(("path", "expected"), [(kernels.SCALED, 1), ("torch int8", 0)])
+@pytest.mark.parametrize(("path", "expected"), [(kernels.REFERENCE, 1), (kernels.COMPILED, 0)])
 def test_packed_linears_do_not_count_for_rows_that_a_kernel_takes(
     path: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +54,18 @@ def test_packed_linears_do_not_count_for_rows_that_a_kernel_takes(
     tiny.logits_of(model, tiny.token_ids(1, 1))
     assert simulated_share(model, entries, layout, rows=1) == expected
     assert simulated_share(model, entries, layout, rows=64) == 1
+    kernels.forget()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_product_of_integers_is_none_of_rebuilt_weights(tokens: int) -> None:
+    model = tiny.build("llama")
+    tiny.compress(model, "int8-dynamic")
+    entries, layout = ledger(model), layout_of(model.config)
+    kernels.forget()
+    assert simulated_share(model, entries, layout, rows=tokens) == 1
+    tiny.logits_of(model, tiny.token_ids(1, tokens))
+    assert simulated_share(model, entries, layout, rows=tokens) == 0
     kernels.forget()
 
 

@@ -1,0 +1,162 @@
+"""Numba kernels for packed weights on a processor, where torch has none for most formats.
+
+They read the bytes as `suite.packing.pack` lays them out and never make the matrix dense: codes become
+numbers in registers. Compiled once per format and processor, and kept on disk beside this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+import torch
+from numba import float32, int32, njit, prange, uint32
+from torch import Tensor
+
+from suite.grids import NORMAL_FLOAT
+from suite.packing import codes_in_unit
+
+if TYPE_CHECKING:
+    from suite.packed_layers import PackedMatrix
+
+_ROWS_AT_ONCE = 32
+"""Rows that a thread takes at a time, and shares a buffer among."""
+
+_SPREAD = 8
+"""Scales are spread over units so many at a time: a count known to the compiler makes one vector of them."""
+
+_NORMAL_FLOAT = np.array(NORMAL_FLOAT, np.float32)
+
+
+def can_multiply(matrix: PackedMatrix) -> bool:
+    """Whether `product` takes the matrix: lines of whole groups, each of whole units."""
+    return matrix.columns % matrix.group == 0 and matrix.group % codes_in_unit(matrix.bits) == 0
+
+
+def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    """`x @ Wᵀ` (tokens × rows) for `x` (tokens × columns), in float32 and summed in it.
+
+    scale · (code − zero) · x is summed as scale · code · x less scale · zero times the sum of x in a group.
+    """
+    tokens, codes = len(x), codes_in_unit(matrix.bits)
+    normal_float = matrix.grid == "normal-float"
+    x, scales = x.float(), matrix.scales.float()
+    offsets = scales if matrix.symmetric else scales * matrix.stored_zeros().float()
+    fixed = 0 if normal_float else 1 << (matrix.bits - 1)
+    sums = x.reshape(tokens, -1, matrix.group).sum(-1) * (fixed if matrix.symmetric else 1)
+    values = (x.reshape(tokens, -1, codes).transpose(1, 2) * _factors(matrix.bits, normal_float)).contiguous()
+    packed = matrix.packed if matrix.bits == 3 else matrix.packed.view(torch.uint32)
+    out = torch.empty(tokens, matrix.rows)
+    _use_threads_of_torch()
+    arrays = (array.numpy() for array in (out, values, sums, packed, scales, offsets))
+    _kernel(matrix.bits, normal_float)(*arrays)
+    return out
+
+
+@functools.cache
+def _factors(bits: int, normal_float: bool) -> Tensor:
+    """What makes the number in each place of a unit its code (codes × 1).
+
+    Codes are masked where they are, which saves shifts, but for the one that would be a sign.
+    """
+    places = range(codes_in_unit(bits))
+    shifted = [normal_float or bits * (place + 1) == 32 for place in places]
+    return torch.tensor([1.0 if shifted[place] else 0.5 ** (bits * place) for place in places]).unsqueeze(-1)
+
+
+def integer_product(x: Tensor, packed: Tensor) -> Tensor:
+    """`x @ (packed − 128)ᵀ` (int32, tokens × rows) of int8 `x` and uint8 `packed` (rows × columns), exact."""
+    out = torch.empty(len(x), len(packed), dtype=torch.int32)
+    _use_threads_of_torch()
+    _sum_integers(out.numpy(), x.contiguous().numpy(), packed.numpy())
+    return out - 128 * x.sum(-1, keepdim=True, dtype=torch.int32)
+
+
+def _use_threads_of_torch() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@njit(parallel=True, cache=True)
+def _sum_integers(out: Any, x: Any, packed: Any) -> None:
+    for row in prange(len(packed)):
+        weights = packed[row]
+        for token in range(len(x)):
+            values = x[token]
+            total = int32(0)
+            for column in range(len(weights)):
+                total = int32(total + int32(weights[column]) * int32(values[column]))
+            out[token, row] = total
+
+
+@njit(inline="always")
+def _word(line: Any, unit: Any, bits: Any) -> Any:
+    """The codes of a unit as one number (uint32)."""
+    if bits == 3:
+        at = 3 * unit
+        word = uint32(line[at]) | uint32(line[at + 1]) << uint32(8)
+        return uint32(word | uint32(line[at + 2]) << uint32(16))
+    return uint32(line[unit])
+
+
+@njit(inline="always")
+def _step(word: Any, place: Any, bits: Any, normal_float: Any) -> Any:
+    """What the code in a place stands for, or that over the place's factor (float32)."""
+    mask = (1 << bits) - 1
+    if normal_float:
+        return _NORMAL_FLOAT[(word >> uint32(bits * place)) & uint32(mask)]
+    if bits * (place + 1) == 32:
+        return float32(int32(word >> uint32(bits * place)))
+    return float32(int32(word & uint32(mask << bits * place)))
+
+
+@functools.cache
+def _kernel(bits: int, normal_float: bool) -> Any:
+    """The compiled product; `bits` and what follows from them are constants to the compiler."""
+    codes = codes_in_unit(bits)
+    costly = bits == 3 or normal_float  # to read a code, so that several tokens share what was read
+
+    @njit(parallel=True, fastmath=True, cache=True)
+    def fill(out: Any, values: Any, sums: Any, packed: Any, scales: Any, offsets: Any) -> None:
+        rows, groups = scales.shape
+        tokens, _, units = values.shape
+        width = units // groups
+        for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
+            scale = np.empty(units, np.float32)
+            rebuilt = np.empty((codes, units), np.float32)
+            for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
+                if width % _SPREAD == 0:
+                    for group in range(groups):
+                        for start in range(group * width, (group + 1) * width, _SPREAD):
+                            for place in range(_SPREAD):
+                                scale[start + place] = scales[row, group]
+                else:
+                    for group in range(groups):
+                        for unit in range(group * width, (group + 1) * width):
+                            scale[unit] = scales[row, group]
+                line = packed[row]
+                if tokens > 1 and costly:
+                    for unit in range(units):
+                        word = _word(line, unit, bits)
+                        for place in range(codes):
+                            rebuilt[place, unit] = _step(word, place, bits, normal_float) * scale[unit]
+                for token in range(tokens):
+                    total = float32(0)
+                    for group in range(groups):
+                        total -= offsets[row, group] * sums[token, group]
+                    mine = values[token]
+                    if tokens > 1 and costly:
+                        for place in range(codes):
+                            for unit in range(units):
+                                total += rebuilt[place, unit] * mine[place, unit]
+                    else:
+                        for unit in range(units):
+                            word = _word(line, unit, bits)
+                            summed = float32(0)
+                            for place in range(codes):
+                                summed += _step(word, place, bits, normal_float) * mine[place, unit]
+                            total += scale[unit] * summed
+                    out[token, row] = total
+
+    return fill
