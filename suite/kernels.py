@@ -1,6 +1,6 @@
-"""Products of activations with packed integers or 2:4 weights, each by the fastest path measured here.
+"""Products of activations with packed integers or kept weights, each by the fastest path measured here.
 
-The reference path dequantizes the matrix and multiplies. For a few rows, as in decoding, others can be
+The reference path makes the matrix dense and multiplies. For a few rows, as in decoding, others can be
 faster, and which one depends on the processor: they are timed once per format, shape, dtype, device
 and number of rows. A path that does not agree with the reference is never taken. Nothing is stored
 twice: every path reads the packed tensors that the checkpoint holds.
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from suite.rebuilding import kept_weight
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
-    from suite.sparse_layers import SemiStructuredLinear
+    from suite.sparse_layers import SemiStructuredLinear, SparseLinear
 
 FEW_ROWS = 64
 """Above, the reference path is taken unmeasured."""
@@ -62,6 +62,7 @@ _LEAST_ROWS = 32
 """Of a CUDA product of integers; torch refuses 16 and fewer."""
 
 Path = Callable[[Tensor, "PackedMatrix", Tensor | None], Tensor]
+SparsePath = Callable[[Tensor, "SparseLinear", Tensor | None], Tensor]
 Product = Callable[[Tensor], Tensor]
 Key = tuple[str, torch.dtype, torch.device, int]
 """Format and shape, dtype and device of the activations, and the most rows of them."""
@@ -89,25 +90,51 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
     return usable[name](x, matrix, bias)
 
 
-def semi_structured_linear(x: Tensor, layer: SemiStructuredLinear, bias: Tensor | None) -> Tensor:
-    """`x @ Wᵀ + bias` for a 2:4 matrix, of any number of rows: what is sparse gains most with many."""
+def sparse_linear(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
+    """`x @ Wᵀ + bias` for a matrix of which some weights are kept; 2:4 has a path for many rows too."""
     rows = x.numel() // x.shape[-1]
-    if rows and layer.has_kernel and _free_to_choose(x):
-
-        def sparse(probe: Tensor) -> Tensor:
-            return functional.linear(probe, layer.in_torch_format(), bias)
-
+    if rows and _free_to_choose(x):
+        usable = sparse_paths(layer, rows)
         key = _key(layer.form, rows, x)
-        if key not in _chosen and not _recorded(x):
-            dense = {REFERENCE: lambda probe: functional.linear(probe, layer.dense(), bias)}
-            _chosen[key] = _fastest(dense | {SPARSE: sparse}, x)
-        if _chosen.get(key) == SPARSE:
-            return sparse(x)
+        if usable and key not in _chosen and not _recorded(x):
+            dense: dict[str, SparsePath] = {REFERENCE: made_dense}
+            timed = {name: _with(path, layer, bias) for name, path in (dense | usable).items()}
+            _chosen[key] = _fastest(timed, x)
+        if _chosen.get(key, REFERENCE) in usable:
+            return usable[_chosen[key]](x, layer, bias)
     return functional.linear(x, layer.kept_or_dense(), bias)
 
 
+def sparse_paths(layer: SparseLinear, rows: int) -> dict[str, SparsePath]:
+    """The paths that multiply so many rows of activations with `layer` without making it dense."""
+    if layer.has_kernel:
+        return {SPARSE: torch_sparse}
+    on_processor = layer.kept.device.type == "cpu" and rows <= FEW_ROWS
+    return {COMPILED: numba_sparse} if on_processor and numba_kernels.can_multiply_sparse(layer) else {}
+
+
+def _with(path: SparsePath, layer: SparseLinear, bias: Tensor | None) -> Product:
+    return lambda probe: path(probe, layer, bias)
+
+
+def made_dense(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
+    """The reference: the matrix with its zeros, for the length of the call."""
+    return functional.linear(x, layer.dense(), bias)
+
+
+def torch_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
+    """By torch's instructions for 2:4."""
+    return functional.linear(x, cast("SemiStructuredLinear", layer).in_torch_format(), bias)
+
+
+def numba_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
+    """By our own kernel, in which a row of the matrix at a time gets its zeros."""
+    product = numba_kernels.sparse_product(_rows(x), layer)
+    return _with_bias(product.reshape(*x.shape[:-1], layer.rows), bias, x.dtype)
+
+
 def rebuilds(
-    matrix: PackedMatrix | SemiStructuredLinear, rows: int, dtype: torch.dtype, device: torch.device
+    matrix: PackedMatrix | SparseLinear, rows: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether products of so many rows make the matrix dense: those that took no kernel in this process."""
     return _chosen.get((matrix.form, dtype, device, _bucket(rows)), REFERENCE) in (REFERENCE, FLOATS)

@@ -1,6 +1,6 @@
-"""Numba kernels for packed weights on a processor, where torch has none for most formats.
+"""Numba kernels for packed and pruned weights on a processor, where torch has none for most formats.
 
-They read the bytes as `suite.packing.pack` lays them out and never make the matrix dense: codes become
+They read the bytes as a checkpoint holds them and make a row of the matrix dense at most: codes become
 numbers in registers. Compiled once per format and processor, and kept on disk beside this file.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 import torch
-from numba import float32, int32, njit, prange, uint32
+from numba import float32, int32, njit, prange, uint32, uint64
 from torch import Tensor
 
 from suite.grids import NORMAL_FLOAT
@@ -20,6 +20,7 @@ from suite.packing import codes_in_unit
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
+    from suite.sparse_layers import SparseMatrix
 
 _ROWS_AT_ONCE = 32
 """Rows that a thread takes at a time, and shares a buffer among."""
@@ -72,6 +73,25 @@ def integer_product(x: Tensor, packed: Tensor) -> Tensor:
     _use_threads_of_torch()
     _sum_integers(out.numpy(), x.contiguous().numpy(), packed.numpy())
     return out - 128 * x.sum(-1, keepdim=True, dtype=torch.int32)
+
+
+def can_multiply_sparse(matrix: SparseMatrix) -> bool:
+    """Whether `sparse_product` takes the matrix: lines that leave no byte of a 2:4 index half empty."""
+    whole = matrix.index_format == "bitmap" or matrix.columns % 8 == 0
+    return whole and matrix.nonzeros > 0 and matrix.kept.dtype in (torch.float32, torch.bfloat16)
+
+
+def sparse_product(x: Tensor, matrix: SparseMatrix) -> Tensor:
+    """`x @ Wᵀ` (tokens × rows) for `x` (tokens × columns), in float32 and summed in it."""
+    wide = matrix.kept.dtype == torch.float32
+    kept = matrix.kept.detach().flatten().view(torch.uint32 if wide else torch.uint16).numpy()
+    index, bitmaps = matrix.index.numpy(), matrix.bitmaps().numpy()
+    out = torch.empty(len(x), matrix.rows)
+    counts = np.empty(matrix.rows, np.int64)
+    _use_threads_of_torch()
+    _count(counts, index, bitmaps)
+    _sparse_kernel(wide)(out.numpy(), x.float().numpy(), kept, counts.cumsum() - counts, index, bitmaps)
+    return out
 
 
 def _use_threads_of_torch() -> None:
@@ -157,6 +177,49 @@ def _kernel(bits: int, normal_float: bool) -> Any:
                             for place in range(codes):
                                 summed += _step(word, place, bits, normal_float) * mine[place, unit]
                             total += scale[unit] * summed
+                    out[token, row] = total
+
+    return fill
+
+
+@njit(parallel=True, cache=True)
+def _count(counts: Any, index: Any, bitmaps: Any) -> None:
+    """Kept weights of each row."""
+    for row in prange(len(counts)):
+        total = 0
+        for byte in range(index.shape[1]):
+            bitmap = uint32(bitmaps[index[row, byte]])
+            for place in range(8):
+                total += (bitmap >> uint32(place)) & uint32(1)
+        counts[row] = total
+
+
+@functools.cache
+def _sparse_kernel(wide: bool) -> Any:
+    """The compiled product with weights given by their bits, the upper half of float32's if not `wide`."""
+    shift = 0 if wide else 16
+
+    @njit(parallel=True, fastmath=True, cache=True)
+    def fill(out: Any, x: Any, kept: Any, starts: Any, index: Any, bitmaps: Any) -> None:
+        rows, width = index.shape
+        tokens, columns = x.shape
+        last = uint64(len(kept) - 1)  # places without a sign spare the check for a negative one
+        for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
+            bits = np.empty(8 * width, np.uint32)
+            weights = bits.view(np.float32)
+            for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
+                at = uint64(starts[row])
+                for byte in range(width):
+                    bitmap = uint32(bitmaps[index[row, byte]])
+                    for place in range(8):
+                        is_kept = (bitmap >> uint32(place)) & uint32(1)
+                        value = uint32(kept[min(at, last)]) << uint32(shift)
+                        bits[8 * byte + place] = value if is_kept else uint32(0)
+                        at += uint64(is_kept)
+                for token in range(tokens):
+                    total = float32(0)
+                    for column in range(columns):
+                        total += weights[column] * x[token, column]
                     out[token, row] = total
 
     return fill

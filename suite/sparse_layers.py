@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
@@ -42,6 +41,13 @@ def _places_by_byte(index_format: IndexFormat, device: torch.device) -> Tensor:
         positions = unpack(byte, 2, 4).reshape(256, 2, 2, 1)
         places = (positions == torch.arange(4, dtype=torch.uint8, device="cpu")).any(-2).reshape(256, 8)
     return places.view(torch.int64).flatten().to(device)
+
+
+@functools.cache
+def _bitmap_by_byte(index_format: IndexFormat) -> Tensor:
+    """For each byte of an index on the CPU which of eight weights it keeps, as bits (uint8)."""
+    places = _places_by_byte(index_format, torch.device("cpu")).view(torch.uint8).reshape(256, 8)
+    return pack(places, 1).flatten()
 
 
 class SparseMatrix(nn.Module):
@@ -79,6 +85,10 @@ class SparseMatrix(nn.Module):
         table = _places_by_byte(self.index_format, self.index.device)
         places = table.index_select(0, self.index.int().reshape(-1)).view(torch.bool)
         return places.reshape(self.rows, -1)[:, : self.columns]
+
+    def bitmaps(self) -> Tensor:
+        """What a byte of the index says of eight weights, as a byte of a bitmap (256, uint8)."""
+        return _bitmap_by_byte(self.index_format)
 
     @staticmethod
     def index_of(places: Tensor, index_format: IndexFormat) -> Tensor:
@@ -121,12 +131,10 @@ class SparseMatrix(nn.Module):
 
 @module_type("sparse_linear")
 class SparseLinear(SparseMatrix):
-    """A linear layer that stores its kept weights and a bitmap, made dense for the length of each call.
+    """A linear layer that stores its kept weights and a bitmap.
 
-    Its speed is therefore simulated: it saves parameters and bytes, not time.
+    It is made dense for the length of each call where no kernel is faster (`suite.kernels`).
     """
-
-    simulated: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int, nonzeros: int, bias: bool = False):
         self._build(in_features, out_features, nonzeros, "bitmap", bias)
@@ -158,24 +166,26 @@ class SparseLinear(SparseMatrix):
             "bias": self.bias is not None,
         }
 
+    @property
+    def form(self) -> str:
+        """What of the matrix decides which path is fast."""
+        return f"{self.index_format}, {self.rows}×{self.columns}"
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether torch multiplies it by instructions for such matrices."""
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.kept_or_dense(), self.bias)
+        return kernels.sparse_linear(x, self, self.bias)
 
 
 @module_type("semi_structured_linear")
 class SemiStructuredLinear(SparseLinear):
-    """A linear layer with two weights kept in every four consecutive inputs (2:4).
-
-    On CUDA torch's kernel is taken where it is faster than making the matrix dense (`suite.kernels`).
-    """
+    """A linear layer with two weights kept in every four consecutive inputs (2:4)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         self._build(in_features, out_features, out_features * in_features // 2, "2:4", bias)
-
-    @property
-    def form(self) -> str:
-        """All of the matrix that decides how fast a path is."""
-        return f"2:4, {self.rows}×{self.columns}"
 
     @property
     def has_kernel(self) -> bool:
@@ -201,9 +211,6 @@ class SemiStructuredLinear(SparseLinear):
             return SparseSemiStructuredTensorCUTLASS(
                 torch.Size((self.rows, self.columns)), self.kept.detach(), placed, None, None, None
             )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.semi_structured_linear(x, self, self.bias)
 
     def arguments(self) -> dict[str, Any]:
         return {key: value for key, value in super().arguments().items() if key != "nonzeros"}

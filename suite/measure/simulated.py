@@ -18,7 +18,7 @@ from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
 from suite.packed_layers import PackedMatrix
-from suite.sparse_layers import SemiStructuredLinear
+from suite.sparse_layers import SparseLinear
 
 
 def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int) -> float:
@@ -28,7 +28,7 @@ def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: 
     """
 
     def imitates(module: nn.Module) -> bool:
-        if isinstance(module, PackedMatrix | SemiStructuredLinear):
+        if isinstance(module, PackedMatrix | SparseLinear):
             dtype = torch.int8 if isinstance(module, DynamicInt8Linear) else model.dtype
             return kernels.rebuilds(module, rows, dtype, model.device)
         return bool(getattr(module, "simulated", False))

@@ -176,6 +176,42 @@ def test_the_sparse_kernel_is_taken_where_it_is_faster(rows: int, chosen: list[s
     torch.testing.assert_close(sparse(x), dense)  # with gradients there is no choice
 
 
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 35),
+    tokens=st.integers(1, 4),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kind=st.sampled_from([SparseLinear, SemiStructuredLinear]),
+)
+def test_a_processor_multiplies_what_is_kept(
+    rows: int, columns: int, tokens: int, share: float, dtype: torch.dtype, kind: type[SparseLinear]
+) -> None:
+    if kind is SparseLinear:
+        places = random_places(rows, columns, int(share * rows * columns))
+    else:
+        columns *= 4
+        places = two_of_four(rows, columns)
+    linear, x = nn.Linear(columns, rows, dtype=dtype), torch.randn(2, tokens, columns, dtype=dtype)
+    sparse = kind.from_weight(linear.weight, places, linear)
+    usable = kernels.sparse_paths(sparse, 2 * tokens)
+    fits = sparse.nonzeros > 0 and (kind is SparseLinear or columns % 8 == 0)
+    assert list(usable) == [kernels.COMPILED] * fits
+    exact = nn.functional.linear(x.double(), sparse.dense().double(), linear.bias.double())
+    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for path in usable.values():
+        found = path(x, sparse, sparse.bias)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=allowed, atol=allowed)
+
+
+def test_what_no_kernel_takes_is_made_dense() -> None:
+    sparse, _ = made(nn.Linear(64, 32, dtype=torch.float16), SparseLinear)
+    assert kernels.sparse_paths(sparse, 1) == {}
+    sparse, _ = made(nn.Linear(64, 32), SparseLinear)
+    assert kernels.sparse_paths(sparse, kernels.FEW_ROWS + 1) == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_a_gpu_multiplies_two_of_four(rows: int) -> None:

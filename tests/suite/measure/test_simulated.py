@@ -23,7 +23,9 @@ def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
     assert share(model) == 0
 
 
-@pytest.mark.parametrize("recipe", ["svd(share=0.5)+rtn-int4(embedding=8)", "magnitude(pattern=2:4)"])
+@pytest.mark.parametrize(
+    "recipe", ["svd(share=0.5)+rtn-int4(embedding=8)", "magnitude(pattern=2:4)", "magnitude(sparsity=0.5)"]
+)
 def test_every_linear_that_rebuilds_its_weight_counts(family: str, recipe: str) -> None:
     model = tiny.build(family)
     tiny.compress(model, recipe)
@@ -31,25 +33,16 @@ def test_every_linear_that_rebuilds_its_weight_counts(family: str, recipe: str) 
     assert 0 <= biases < 0.05
 
 
-def test_linears_of_a_class_marked_simulated_count(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build(family)
-    tiny.compress(model, "magnitude(sparsity=0.5)")
-    assert 1 - share(model) < 0.05
-    monkeypatch.setattr("suite.sparse_layers.SparseLinear.simulated", False)
-    assert share(model) == 0
-
-
 @pytest.mark.parametrize(("path", "expected"), [(kernels.REFERENCE, 1), (kernels.COMPILED, 0)])
-def test_packed_linears_do_not_count_for_rows_that_a_kernel_takes(
-    path: str, expected: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recipe", ["rtn-int8", "magnitude(sparsity=0.5)"])
+def test_linears_do_not_count_for_rows_that_a_kernel_takes(
+    recipe: str, path: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build("llama")
-    tiny.compress(model, "rtn-int8")
+    tiny.compress(model, recipe)
     entries, layout = ledger(model), layout_of(model.config)
     kernels.forget()
     assert simulated_share(model, entries, layout, rows=1) == 1
-    usable = dict.fromkeys((kernels.REFERENCE, path), kernels.dequantize)
-    monkeypatch.setattr(kernels, "paths", lambda *_: usable)
     monkeypatch.setattr(kernels, "_measure", lambda calls, probe: path)
     tiny.logits_of(model, tiny.token_ids(1, 1))
     assert simulated_share(model, entries, layout, rows=1) == expected
