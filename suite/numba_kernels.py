@@ -7,6 +7,7 @@ numbers in registers. Compiled once per format and processor, and kept on disk b
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -29,6 +30,18 @@ _SPREAD = 8
 """Scales are spread over units so many at a time: a count known to the compiler makes one vector of them."""
 
 _NORMAL_FLOAT = np.array(NORMAL_FLOAT, np.float32)
+
+
+def _compiled(fastmath: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Numba's decorator for what runs on several threads, kept on disk where a folder can be written."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        try:
+            return njit(function, parallel=True, fastmath=fastmath, cache=True)
+        except RuntimeError:  # there is no such folder, so every process compiles anew
+            return njit(function, parallel=True, fastmath=fastmath)
+
+    return decorate
 
 
 def can_multiply(matrix: PackedMatrix) -> bool:
@@ -98,7 +111,7 @@ def _use_threads_of_torch() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-@njit(parallel=True, cache=True)
+@_compiled()
 def _sum_integers(out: Any, x: Any, packed: Any) -> None:
     for row in prange(len(packed)):
         weights = packed[row]
@@ -137,7 +150,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
     codes = codes_in_unit(bits)
     costly = bits == 3 or normal_float  # to read a code, so that several tokens share what was read
 
-    @njit(parallel=True, fastmath=True, cache=True)
+    @_compiled(fastmath=True)
     def fill(out: Any, values: Any, sums: Any, packed: Any, scales: Any, offsets: Any) -> None:
         rows, groups = scales.shape
         tokens, _, units = values.shape
@@ -182,7 +195,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
     return fill
 
 
-@njit(parallel=True, cache=True)
+@_compiled()
 def _count(counts: Any, index: Any, bitmaps: Any) -> None:
     """Kept weights of each row."""
     for row in prange(len(counts)):
@@ -199,7 +212,7 @@ def _sparse_kernel(wide: bool) -> Any:
     """The compiled product with weights given by their bits, the upper half of float32's if not `wide`."""
     shift = 0 if wide else 16
 
-    @njit(parallel=True, fastmath=True, cache=True)
+    @_compiled(fastmath=True)
     def fill(out: Any, x: Any, kept: Any, starts: Any, index: Any, bitmaps: Any) -> None:
         rows, width = index.shape
         tokens, columns = x.shape

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suite import kernels
+from suite import kernels, numba_kernels
 from suite.conformance import tiny
 from suite.grids import Grid
 from suite.packed_layers import PackedLinear
@@ -126,6 +126,18 @@ def test_the_kernel_takes_as_many_threads_as_torch_or_as_there_are(threads: int)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, kernels.numba_product(x, matrix, matrix.bias), rtol=0, atol=0)
+
+
+def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    numba_kernels._kernel.cache_clear()
+    matrix, x = packed(9, 64, 2, 32, True, torch.float32), activations(1, 64, torch.float32)
+    try:
+        assert kernels.COMPILED in assert_every_path_agrees(matrix, x, 1e-5)
+    finally:
+        numba_kernels._kernel.cache_clear()
 
 
 @pytest.mark.parametrize(
