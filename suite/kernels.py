@@ -9,7 +9,8 @@ A CUDA graph is recorded of the paths that were measured before it; the referenc
 Paths differ in rounding. Where numbers must repeat bit for bit (compressing, and comparing a reload
 with what was saved), `reference()` keeps to the dequantizing path, so weights are compared and not
 kernels. It is also the path of training, of torch.compile, of tensors without data and of more than
-`FEW_ROWS` rows, where dequantizing costs little beside the product.
+`FEW_ROWS` rows, where dequantizing costs little beside the product; and where rebuilt weights are kept
+(`suite.rebuilding`), so that what is scored does not hang on which kernel was the faster.
 """
 
 from __future__ import annotations
@@ -72,10 +73,12 @@ _forced = 0
 
 def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """`x @ Wᵀ + bias` (… × rows of the matrix) for `x` (… × its columns), in the dtype of `x`."""
+    kept = kept_weight(matrix, x.dtype, lambda: matrix.dequantize(x.dtype))
+    if kept is not None:
+        return functional.linear(x, kept, bias)
     rows = x.numel() // max(x.shape[-1], 1)
     if not _free_to_choose(x) or not 0 < rows <= FEW_ROWS:
-        kept = kept_weight(matrix, x.dtype, lambda: matrix.dequantize(x.dtype))
-        return dequantize(x, matrix, bias) if kept is None else functional.linear(x, kept, bias)
+        return dequantize(x, matrix, bias)
     key = _key(matrix.form, rows, x)
     if key in _chosen:
         return _PATHS[_chosen[key]](x, matrix, bias)
@@ -92,6 +95,9 @@ def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
 def sparse_linear(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
     """`x @ Wᵀ + bias` for a matrix of which some weights are kept; 2:4 has a path for many rows too."""
+    kept = kept_weight(layer, layer.kept.dtype, layer.dense)
+    if kept is not None:
+        return functional.linear(x, kept, bias)
     rows = x.numel() // x.shape[-1]
     if rows and _free_to_choose(x):
         usable = sparse_paths(layer, rows)
@@ -102,7 +108,7 @@ def sparse_linear(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor
             _chosen[key] = _fastest(timed, x)
         if _chosen.get(key, REFERENCE) in usable:
             return usable[_chosen[key]](x, layer, bias)
-    return functional.linear(x, layer.kept_or_dense(), bias)
+    return made_dense(x, layer, bias)
 
 
 def sparse_paths(layer: SparseLinear, rows: int) -> dict[str, SparsePath]:

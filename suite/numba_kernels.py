@@ -108,7 +108,10 @@ def sparse_product(x: Tensor, matrix: SparseMatrix) -> Tensor:
 
 
 def _use_threads_of_torch() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # Numba starts as many as there are, for all that share its OpenMP
+        torch.set_num_threads(threads)
 
 
 @_compiled()

@@ -20,7 +20,6 @@ from suite import kernels
 from suite.errors import InputError
 from suite.layers import default_dtype, module_type
 from suite.packing import pack, unpack
-from suite.rebuilding import kept_weight
 
 IndexFormat = Literal["bitmap", "2:4"]
 
@@ -122,11 +121,6 @@ class SparseMatrix(nn.Module):
         """The matrix with its zeros, rows × columns, in the dtype of the values."""
         empty = torch.zeros(self.rows, self.columns, dtype=self.kept.dtype, device=self.kept.device)
         return empty.masked_scatter(self.places(), self.kept)
-
-    def kept_or_dense(self) -> Tensor:
-        """The same, from an earlier call where `suite.rebuilding` keeps it."""
-        kept = kept_weight(self, self.kept.dtype, self.dense)
-        return self.dense() if kept is None else kept
 
 
 @module_type("sparse_linear")

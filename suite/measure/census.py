@@ -37,7 +37,7 @@ class Hidden:
 def hidden_memory(model: nn.Module, smallest: int = 1024) -> tuple[Hidden, ...]:
     """Storages of at least `smallest` bytes alive in this process and not in the model, largest first.
 
-    Garbage is collected first, and machine code that Triton built is left out. A storage of the
+    Garbage is collected first, and machine code that Triton and Numba built is left out. A storage of the
     model that is larger than the tensors it holds is listed with what is beyond them. Tensors without
     data (meta) are left out. So is what was alive before `gc.freeze()`, and with it an array or byte
     string put into a container that was: the collector does not follow either. A tensor is found even
@@ -135,12 +135,15 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 def _without_machine_code(objects: list[Any]) -> list[Any]:
-    """All but Triton's kernels: their code has the size of a small model's matrix and grows with use."""
-    compiler = sys.modules.get("triton.compiler.compiler")
-    if compiler is None:
-        return objects
-    kernels = [item for item in objects if type(item) is compiler.CompiledKernel]
-    left_out = {id(item) for kernel in kernels for item in (kernel, kernel.asm, vars(kernel))}
+    """All but what Triton and Numba compiled, as large as a small model's matrix, and Numba's own tables."""
+    left_out: set[int] = set()
+    if (triton := sys.modules.get("triton.compiler.compiler")) is not None:
+        kernels = [item for item in objects if type(item) is triton.CompiledKernel]
+        left_out |= {id(item) for kernel in kernels for item in (kernel, kernel.asm, vars(kernel))}
+    if (numba := sys.modules.get("numba.core.codegen")) is not None:
+        libraries = [item for item in objects if issubclass(type(item), numba.CodeLibrary)]
+        left_out |= {id(item) for library in libraries for item in (library, vars(library))}
+        left_out |= {id(vars(module)) for name, module in sys.modules.items() if name.startswith("numba.")}
     return [item for item in objects if id(item) not in left_out]
 
 

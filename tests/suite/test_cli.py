@@ -311,7 +311,9 @@ def test_workers_do_not_outlive_a_run_that_is_asked_to_end(
     note = tmp_path / "worker"
     body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     plugin = examples.write_plugin(tmp_path, "waits", body)
-    command = [sys.executable, "-c", "from suite.cli import main; main()", "run", "--model", tiny]
+    # What starts in the background ignores Ctrl-C, and its children with it.
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heeded}; from suite.cli import main; main()", "run", "--model", tiny]
     command += ["--recipe", "waits", "--budget", "params=0.9", "--protocol", str(protocol)]
     command += ["--results", str(tmp_path / "results"), "--plugin", plugin]
     run = subprocess.Popen(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,9 +125,23 @@ def test_the_kernel_takes_as_many_threads_as_torch_or_as_there_are(threads: int)
         torch.set_num_threads(threads)
         got = kernels.numba_product(x, matrix, matrix.bias)
         assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, kernels.numba_product(x, matrix, matrix.bias), rtol=0, atol=0)
+
+
+def test_the_first_kernel_of_a_process_leaves_torch_its_number_of_threads() -> None:
+    script = """
+import torch
+torch.set_num_threads(1)
+from suite import kernels
+from suite.packed_layers import PackedLinear
+kernels.numba_product(torch.ones(1, 64), PackedLinear(64, 64, 4, 32), None)
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from suite.kernels import FEW_ROWS
 from suite.packed_layers import PackedLinear
 from suite.rebuilding import rebuilt_once
 from suite.sparse_layers import SparseLinear
 
-MANY_ROWS = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+MANY_ROWS = torch.randn(FEW_ROWS + 1, 64, generator=torch.Generator().manual_seed(0))
 
 
 def layer(kind: str) -> tuple[nn.Module, str]:
@@ -49,6 +50,13 @@ class TestRebuiltOnce:
             assert len(count) == 2
             module(MANY_ROWS)
         assert len(count) == 3
+
+    def test_few_rows_are_multiplied_with_the_kept_weight_too(self, kind: str, count: list[int]) -> None:
+        module, _ = layer(kind)
+        with torch.no_grad(), rebuilt_once():
+            many, few = module(MANY_ROWS), module(MANY_ROWS[:3])
+        torch.testing.assert_close(few, many[:3])
+        assert len(count) == 1
 
     def test_each_layer_has_a_weight_of_its_own(self, kind: str, count: list[int]) -> None:
         module, other = layer(kind)[0], layer(kind)[0]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from suite import checkpoint, data
+from suite import checkpoint, data, kernels, numba_kernels
 from suite.calibration import draw
 from suite.conformance import tiny
 from suite.errors import CellFailed
@@ -203,6 +203,19 @@ def test_machine_code_of_kernels_is_no_hidden_memory_but_the_same_bytes_elsewher
     model = Holder(4, 4)
     model.kept = [kernels[0].kernel]
     assert hidden_memory(model)[0].bytes == 4 * BIG
+
+
+@pytest.mark.usefixtures("earlier_objects_left_out")
+def test_what_numba_compiles_is_no_hidden_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    tiny.compress(model, "rtn-int4")
+    monkeypatch.setattr(kernels, "_measure", lambda calls, probe: list(calls)[-1])
+    kernels.forget()
+    numba_kernels._kernel.cache_clear()
+    tiny.logits_of(model, tiny.token_ids(1, 4))
+    assert set(kernels.chosen().values()) == {kernels.COMPILED}
+    kernels.forget()
+    assert all("numba" not in holder(model, item.objects) for item in hidden_memory(model))
 
 
 @pytest.mark.usefixtures("earlier_objects_left_out")
