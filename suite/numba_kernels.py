@@ -32,16 +32,16 @@ _SPREAD = 8
 _NORMAL_FLOAT = np.array(NORMAL_FLOAT, np.float32)
 
 
-def _compiled(fastmath: bool = False) -> Callable[[Callable[..., None]], Any]:
+_ANY_ORDER = {"reassoc", "contract", "nsz"}
+"""What sums may be rounded by; NaN and infinity stay what they are."""
+
+
+def _compiled(function: Callable[..., None]) -> Any:
     """Numba's decorator for what runs on several threads, kept on disk where a folder can be written."""
-
-    def decorate(function: Callable[..., None]) -> Any:
-        try:
-            return njit(function, parallel=True, fastmath=fastmath, cache=True)
-        except RuntimeError:  # there is no such folder, so every process compiles anew
-            return njit(function, parallel=True, fastmath=fastmath)
-
-    return decorate
+    try:
+        return njit(function, parallel=True, fastmath=_ANY_ORDER, cache=True)
+    except RuntimeError:  # there is no such folder, so every process compiles anew
+        return njit(function, parallel=True, fastmath=_ANY_ORDER)
 
 
 def can_multiply(matrix: PackedMatrix) -> bool:
@@ -114,7 +114,7 @@ def _use_threads_of_torch() -> None:
         torch.set_num_threads(threads)
 
 
-@_compiled()
+@_compiled
 def _sum_integers(out: Any, x: Any, packed: Any) -> None:
     for row in prange(len(packed)):
         weights = packed[row]
@@ -153,7 +153,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
     codes = codes_in_unit(bits)
     costly = bits == 3 or normal_float  # to read a code, so that several tokens share what was read
 
-    @_compiled(fastmath=True)
+    @_compiled
     def fill(out: Any, values: Any, sums: Any, packed: Any, scales: Any, offsets: Any) -> None:
         rows, groups = scales.shape
         tokens, _, units = values.shape
@@ -198,7 +198,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
     return fill
 
 
-@_compiled()
+@_compiled
 def _count(counts: Any, index: Any, bitmaps: Any) -> None:
     """Kept weights of each row."""
     for row in prange(len(counts)):
@@ -215,7 +215,7 @@ def _sparse_kernel(wide: bool) -> Any:
     """The compiled product with weights given by their bits, the upper half of float32's if not `wide`."""
     shift = 0 if wide else 16
 
-    @_compiled(fastmath=True)
+    @_compiled
     def fill(out: Any, x: Any, kept: Any, starts: Any, index: Any, bitmaps: Any) -> None:
         rows, width = index.shape
         tokens, columns = x.shape

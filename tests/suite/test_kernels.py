@@ -131,6 +131,22 @@ def test_the_kernel_takes_as_many_threads_as_torch_or_as_there_are(threads: int)
     torch.testing.assert_close(got, kernels.numba_product(x, matrix, matrix.bias), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [1, 3])
+@FORMATS
+def test_what_is_no_number_stays_none(
+    bits: int, group: int, columns: int, symmetric: bool, grid: Grid, tokens: int, value: float
+) -> None:
+    matrix = of_format(bits, group, columns, symmetric, grid)
+    x = activations(tokens, columns, torch.float32)[0]
+    x[-1, 5] = value
+    with torch.no_grad():
+        for path in kernels.paths(matrix, x.dtype, CPU).values():
+            found = path(x, matrix, None)
+            assert not found[-1].isfinite().any()
+            assert found[:-1].isfinite().all()
+
+
 def test_the_first_kernel_of_a_process_leaves_torch_its_number_of_threads() -> None:
     script = """
 import torch

@@ -205,6 +205,16 @@ def test_a_processor_multiplies_what_is_kept(
         torch.testing.assert_close(found.double(), exact, rtol=allowed, atol=allowed)
 
 
+@KINDS
+def test_what_is_no_number_stays_none(kind: type[SparseLinear]) -> None:
+    sparse, _ = made(nn.Linear(64, 32), kind)
+    x = torch.ones(2, 64)
+    x[1, 3] = float("nan")
+    found = kernels.numba_sparse(x, sparse, sparse.bias)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
 def test_what_no_kernel_takes_is_made_dense() -> None:
     sparse, _ = made(nn.Linear(64, 32, dtype=torch.float16), SparseLinear)
     assert kernels.sparse_paths(sparse, 1) == {}
