@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from suite.packing import codes_in_unit
+
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
 
@@ -234,7 +236,7 @@ def dequantize(
 
 def can_multiply(matrix: PackedMatrix) -> bool:
     """Whether `product` takes the matrix: lines of whole units, each inside of one group."""
-    codes = _codes_in_unit(matrix.bits)
+    codes = codes_in_unit(matrix.bits)
     return matrix.columns % codes == 0 and matrix.group % codes == 0
 
 
@@ -242,7 +244,7 @@ def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """`x @ Wᵀ` (tokens × rows) for contiguous bfloat16 `x` (tokens × columns), 64 tokens at most."""
     tokens, rows = len(x), matrix.rows
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    codes = _codes_in_unit(matrix.bits)
+    codes = codes_in_unit(matrix.bits)
     units = matrix.columns // codes
     packed = matrix.packed if matrix.bits == 3 else matrix.packed.view(torch.int32)
     zeros = matrix.packed if matrix.symmetric else matrix.zeros
@@ -284,10 +286,6 @@ def product(x: Tensor, matrix: PackedMatrix) -> Tensor:
                 num_warps=ROWS_SHAPE[2],
             )
     return out
-
-
-def _codes_in_unit(bits: int) -> int:
-    return 8 if bits == 3 else 32 // bits
 
 
 def _kind_of_zeros(matrix: PackedMatrix) -> int:
