@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ def resolve(name: str) -> Source:
     """Find the model a user named, dequantizing a GGUF into the user cache when needed.
 
     Raises:
-        InputError: nothing of that name exists or can be reached. MissingExtra: the package that
-            carries an embedded model is not installed.
+        InputError: nothing of that name exists or can be reached, or a GGUF is broken. MissingExtra: the
+            package that carries an embedded model is not installed.
     """
     if name in ALIASES:
         alias = ALIASES[name]
@@ -174,6 +175,10 @@ def _dequantize(file: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
             )
+        except (OSError, ValueError, KeyError, struct.error) as error:
+            raise InputError(
+                f"'{file}' cannot be read as GGUF: {_first_line(error)}  (Is the file whole?)"
+            ) from None
         finally:
             logging.disable_progress_bar()
         layout_of(model.config)
@@ -199,7 +204,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
 
 def _from_hub(name: str) -> Source:
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     hint = nearest(name, ALIASES)
     try:
@@ -209,7 +214,7 @@ def _from_hub(name: str) -> Source:
             f"no model is called '{name}'.{hint}  (Not an alias ({', '.join(ALIASES)}), not a local folder"
             f" or .gguf file, and the hub says: {_first_line(error)})"
         ) from None
-    except (OSError, OfflineModeIsEnabled) as error:
+    except (OSError, HTTPError, OfflineModeIsEnabled) as error:  # httpx's are no OSErrors, unlike requests'
         cached = _cached_revision(name)
         if cached is None:
             raise InputError(

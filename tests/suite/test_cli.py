@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.errors
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -142,9 +143,12 @@ def test_ctrl_c_before_anything_was_begun_is_acknowledged(monkeypatch: pytest.Mo
     assert (result.exit_code, result.stderr) == (130, "Stopped.\n")
 
 
-def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ConnectionError, huggingface_hub.errors.HTTPError])
+def test_an_unreachable_hub_is_said_in_one_line(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("no route")
+        raise error("no route")
 
     monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     assert_refused(weighin("plan", "--model", "someone/some-model"), "the hub cannot be reached")

@@ -41,6 +41,14 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         load.resolve(str(tmp_path / "model.bin"))
 
 
+@pytest.mark.parametrize("content", [b"hello", b"GGUFhello"], ids=["another format", "cut off"])
+def test_a_broken_gguf_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHIN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read as GGUF"):
+        load.resolve(str(tmp_path / "model.gguf"))
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_two_processes_dequantize_the_embedded_model_once(tmp_path: Path) -> None:
