@@ -51,27 +51,14 @@ def test_a_name_that_cannot_be_used_is_refused_with_one_that_can(
 
 
 @pytest.mark.slow
-def test_its_own_tests_pass(tmp_path: Path) -> None:
-    _, test = write("my-low-rank", tmp_path)
+def test_its_own_tests_pass_and_the_checks_as_tests_of_another_package(tmp_path: Path) -> None:
+    method, test = write("my-low-rank", tmp_path)
+    kit = ["-p", "suite.pytest_plugin", "--pyargs", "suite.conformance", "--weighin-method", method.name]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), *kit],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "27 passed" in done.stdout  # 22 checks and one test for each of five families
-
-
-@pytest.mark.slow
-def test_the_checks_run_as_tests_of_another_package(tmp_path: Path) -> None:
-    method, _ = write("my-low-rank", tmp_path)
-    arguments = ["--pyargs", "suite.conformance", "--weighin-method", method.name]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "suite.pytest_plugin", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "22 passed" in done.stdout
+    assert "49 passed" in done.stdout  # 22 checks in both, and one test for each of five families
