@@ -18,15 +18,21 @@ QUICK = {"bolaco": "bolaco(trials=2)", "tensor-network": "tensor-network(refine=
 BUILTIN = [QUICK.get(name, name) for name in methods if methods.get(name).__module__.startswith("methods.")]
 
 
+# Their stages meet all families alone; together they meet grouped queries, and biases.
+STACKS = ["svd+rtn-int8", "layerchop+heal(distill=0.5)", "svd+heal(mode=lora)"]
+
+
 @pytest.mark.parametrize(
-    "name", [*BUILTIN, "svd+rtn-int8", "layerchop+heal(distill=0.5)", "svd+heal(mode=lora)"]
+    ("name", "families"),
+    [*((name, tuple(tiny.FAMILIES)) for name in BUILTIN), *((name, ("llama", "opt")) for name in STACKS)],
+    ids=[*BUILTIN, *STACKS],
 )
-def test_a_builtin_method_passes_every_check(name: str) -> None:
+def test_a_builtin_method_passes_every_check(name: str, families: tuple[str, ...]) -> None:
     try:
         Recipe.parse(name).plan(tiny.anatomy("llama"), Budget(metric="none"))
     except MissingExtra as missing:
         pytest.skip(str(missing))
-    examination = examine(Subject(name))
+    examination = examine(Subject(name), families)
     offences = {f.check.name: f.details for f in examination.findings if f.status == "failed"}
     assert not offences
     assert sum(f.status == "passed" for f in examination.findings) >= len(examination.findings) - 4
