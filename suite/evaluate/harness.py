@@ -72,6 +72,16 @@ def check_tasks(protocol: Protocol) -> None:
             )
 
 
+def check_task_files(protocol: Protocol, folder: Path | None) -> None:
+    """Refuse a data directory that lacks a file of the protocol's tasks, before any model is compressed.
+
+    Raises:
+        InputError: with the file.
+    """
+    for task in protocol.tasks:
+        _specifications(task.name, folder)
+
+
 def load_tasks(name: str, folder: Path | None) -> dict[str, Any]:
     """lm-eval task objects by name; several for a group such as MMLU.
 

@@ -204,7 +204,8 @@ def forget_quantization(model: PreTrainedModel) -> None:
 
 def _from_hub(name: str) -> Source:
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as HubClientError  # type: ignore[attr-defined]
 
     hint = nearest(name, ALIASES)
     try:
@@ -214,7 +215,7 @@ def _from_hub(name: str) -> Source:
             f"no model is called '{name}'.{hint}  (Not an alias ({', '.join(ALIASES)}), not a local folder"
             f" or .gguf file, and the hub says: {_first_line(error)})"
         ) from None
-    except (OSError, HTTPError, OfflineModeIsEnabled) as error:  # httpx's are no OSErrors, unlike requests'
+    except (OSError, HubClientError, OfflineModeIsEnabled) as error:
         cached = _cached_revision(name)
         if cached is None:
             raise InputError(

@@ -19,7 +19,7 @@ import torch
 
 from suite import data
 from suite.errors import ImpossibleBudget, InputError, NotApplicable
-from suite.evaluate.harness import check_tasks
+from suite.evaluate.harness import check_task_files, check_tasks
 from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
@@ -91,8 +91,8 @@ class Grid:
         spec = CalibrationSpec.parse(track.calibration) if track.calibration else protocol.calibration
         data.check_text(spec.source)
         pairs = [(Recipe.parse(recipe), Budget.parse(budget)) for recipe, budget in track.pairs()]
-        trained = any("training" in recipe.needs for recipe, _ in pairs)
-        healing = training_text(track.healing, protocol) if trained else None
+        needs = set[str]().union(*(recipe.needs for recipe, _ in pairs))
+        healing = training_text(track.healing, protocol) if "training" in needs else None
         self.store.check_writable()
         self.cells: list[Cell] = []
         for model in track.models:
@@ -116,6 +116,15 @@ class Grid:
                     )
                     self.cells.append(self._cell(run, source, recipe, anatomy))
         self._refuse_hopeless()
+        if not all(cell.finished for cell in self.cells):
+            check_task_files(protocol, options.data_folder)
+            texts = {protocol.perplexity.source}
+            if needs & {"calibration", "training"}:
+                texts.add(spec.source)
+            if healing is not None:
+                texts.add(healing.source)
+            for text in sorted(texts):
+                data.text(text, options.data_folder)  # from the hub it is fetched now, for all cells
 
     def run(self, listener: Listener = lambda cell: None) -> None:
         """Compute the missing cells. A cell that crashes is recorded as failed; the others go on."""

@@ -159,6 +159,31 @@ def test_a_missing_data_directory_is_refused(tiny: str, tmp_path: Path) -> None:
     assert_refused(result, "does not exist")
 
 
+@pytest.mark.parametrize(
+    ("protocol", "directory", "words"),
+    [
+        ("wikitext2", True, ("no 'wikitext2/train.txt.gz'",)),
+        ("standard", True, ("task 'piqa'", "no file")),
+        ("standard", False, ("could not be loaded from the hub", "--data-dir DIR")),
+    ],
+    ids=["no text", "no task", "no hub"],
+)
+def test_data_that_is_not_at_hand_is_said_before_anything_is_compressed(
+    protocol: str,
+    directory: bool,
+    words: tuple[str, ...],
+    tiny: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WEIGHIN_DATA_DIR", raising=False)
+    (tmp_path / "empty").mkdir()
+    data = ["--data-dir", str(tmp_path / "empty")] if directory else []
+    cell = ["--model", tiny, "--recipe", "gptq-int4", "--results", str(tmp_path / "results")]
+    assert_refused(weighin("run", "--protocol", protocol, *data, *cell), *words)
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
 def test_an_unknown_device_lists_the_available_ones(tiny: str, tmp_path: Path) -> None:
     result = weighin(
         "run", "--model", tiny, "--recipe", "svd", "--device", "cuda:9", "--results", str(tmp_path)
