@@ -119,7 +119,10 @@ HELD_OUT_FILES = ("wikitext2/test.txt.gz",)
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise InputError(f"the data directory has no '{path.parent.name}/{path.name}' (expected {path}).")
+        raise InputError(
+            f"the data directory has no '{path.parent.name}/{path.name}' (expected {path})."
+            "  (weighin data pull fetches it.)"
+        )
     return path
 
 

@@ -227,7 +227,9 @@ def _specifications(name: str, folder: Path | None) -> list[str | dict[str, Any]
     files = {split: folder / file for split, file in DATA_FILES[name].items()}
     for path in files.values():
         if not path.is_file():
-            raise InputError(f"task '{name}': the data directory has no file '{path}'.")
+            raise InputError(
+                f"task '{name}': the data directory has no file '{path}'.  (weighin data pull fetches it.)"
+            )
     settings = _local({split: str(path) for split, path in files.items()})
     # lm-eval fails on a split that is named but absent.
     for split in ("training_split", "validation_split", "test_split"):
