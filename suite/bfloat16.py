@@ -7,6 +7,7 @@ rounds the result, which is what such instructions do as well: they, too, sum in
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,16 @@ WIDENED_AT_ONCE = 1 << 20
 """Weights widened at a time: larger tensors get fresh memory from the system for each product."""
 
 
+@functools.cache
 def native(device: str) -> bool:
     """Whether a device multiplies bfloat16 matrices by instructions of its own."""
     return not device.startswith("cpu") or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of `x` (… × columns) with matrices are those of `widened`, in float32."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return x.dtype is torch.bfloat16 and rows >= FEWEST_ROWS and not native(x.device.type)
 
 
 @contextmanager

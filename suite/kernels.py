@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from suite import numba_kernels
+from suite.bfloat16 import widens
 from suite.rebuilding import kept_weight
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def sparse_paths(layer: SparseLinear, rows: int) -> dict[str, SparsePath]:
     if layer.has_kernel:
         return {SPARSE: torch_sparse}
     on_processor = layer.kept.device.type == "cpu" and rows <= FEW_ROWS
-    return {COMPILED: numba_sparse} if on_processor and numba_kernels.can_multiply_sparse(layer) else {}
+    return {COMPILED: numba_sparse} if on_processor and numba_kernels.can_read(layer) else {}
 
 
 def _with(path: SparsePath, layer: SparseLinear, bias: Tensor | None) -> Product:
@@ -163,11 +164,14 @@ def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     rows = max(1, _AT_ONCE // matrix.columns)
     if rows >= matrix.rows or x.device.type != "cpu":
         return functional.linear(x, matrix.dequantize(x.dtype), bias)
+    dtype = x.dtype
+    if widens(x):  # once, and not for every part
+        x, bias = x.float(), None if bias is None else bias.float()
     products = []
     for start in range(0, matrix.rows, rows):
         part = slice(start, start + rows)
-        weight = matrix.dequantize(x.dtype, part)
-        products.append(functional.linear(x, weight, None if bias is None else bias[part]))
+        weight = matrix.dequantize(dtype, part).to(x.dtype)
+        products.append(functional.linear(x, weight, None if bias is None else bias[part]).to(dtype))
     return torch.cat(products, -1)
 
 
@@ -201,7 +205,8 @@ def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """`x @ (codes − 128)ᵀ` (int32, tokens × rows) of int8 `x` and an 8-bit matrix, exact on every path."""
     products: dict[str, Product] = {FLOATS: lambda probe: float_product(probe, signed_codes(matrix))}
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix.packed)}
+        floats = products if len(x) > FEW_ROWS else {}
+        products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix.packed), **floats}
     first = next(iter(products))
     key = _key(matrix.form, len(x), x)
     if not _free_to_choose(x) or (key not in _chosen and _recorded(x)):
@@ -227,10 +232,12 @@ def torch_int(left: Tensor, right: Tensor) -> Tensor:
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
     """The same by float32 multiplications, a slice of the columns at a time."""
-    total = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
-    for start in range(0, left.shape[1], _EXACT_COLUMNS):
-        part = slice(start, start + _EXACT_COLUMNS)
-        total += (left[:, part].float() @ right[:, part].float().t()).to(torch.int32)
+    wide, total = left.float(), torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
+    rows = len(right) if left.device.type == "cuda" else max(1, _AT_ONCE // left.shape[1])
+    for some, into in zip(right.split(rows), total.split(rows, -1), strict=True):
+        for start in range(0, left.shape[1], _EXACT_COLUMNS):
+            part = slice(start, start + _EXACT_COLUMNS)
+            into += (wide[:, part] @ some[:, part].float().t()).to(torch.int32)
     return total
 
 
@@ -264,6 +271,20 @@ def _free_to_choose(x: Tensor) -> bool:
     if _forced or torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
         return False
     return not torch.compiler.is_compiling()
+
+
+def rebuilders(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> ModuleType | None:
+    """The module of kernels that rebuild so many rows of `matrix` as torch does, only sooner; else None."""
+    if matrix.packed.device.type == "cuda":
+        return fused(matrix.packed.device)
+    here = without_gradients(matrix.packed) and numba_kernels.can_rebuild(matrix, rows, dtype)
+    return numba_kernels if here else None
+
+
+def without_gradients(tensor: Tensor) -> bool:
+    """Whether a kernel on a processor can read the tensor, and autograd and torch.compile need not see it."""
+    wanted = torch.is_grad_enabled() and tensor.requires_grad
+    return tensor.device.type == "cpu" and not wanted and not torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -1,23 +1,25 @@
 """Numba kernels for packed and pruned weights on a processor, where torch has none for most formats.
 
-They read the bytes as a checkpoint holds them and make a row of the matrix dense at most: codes become
-numbers in registers. Compiled once per format and processor, and kept on disk beside this file.
+They read the bytes as a checkpoint holds them. Products make a row of the matrix dense at most: codes
+become numbers in registers. Matrices that are rebuilt whole equal torch's bit for bit. Compiled once per
+format and processor, and kept on disk beside this file.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 import torch
-from numba import float32, int32, njit, prange, uint32, uint64
+from numba import float32, int16, int32, njit, prange, uint16, uint32, uint64
 from torch import Tensor
 
 from suite.grids import NORMAL_FLOAT
-from suite.packing import codes_in_unit
+from suite.packing import IndexFormat, codes_in_unit, pack, places_by_byte, unpack
 
 if TYPE_CHECKING:
     from suite.packed_layers import PackedMatrix
@@ -26,22 +28,27 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 32
 """Rows that a thread takes at a time, and shares a buffer among."""
 
-_SPREAD = 8
-"""Scales are spread over units so many at a time: a count known to the compiler makes one vector of them."""
+_ROWS_TOGETHER = 4
+"""Rows of a matrix of integers that are summed side by side, to share what is read of a token."""
+
+_LEAST_REBUILT = 1 << 16
+"""Weights from which on a kernel rebuilds them: for fewer, loading it takes longer than torch does."""
 
 _NORMAL_FLOAT = np.array(NORMAL_FLOAT, np.float32)
-
 
 _ANY_ORDER = {"reassoc", "contract", "nsz"}
 """What sums may be rounded by; NaN and infinity stay what they are."""
 
 
-def _compiled(function: Callable[..., None]) -> Any:
+def _compiled(function: Callable[..., None], fastmath: set[str] | bool = _ANY_ORDER) -> Any:
     """Numba's decorator for what runs on several threads, kept on disk where a folder can be written."""
     try:
-        return njit(function, parallel=True, fastmath=_ANY_ORDER, cache=True)
+        return njit(function, parallel=True, fastmath=fastmath, cache=True)
     except RuntimeError:  # there is no such folder, so every process compiles anew
-        return njit(function, parallel=True, fastmath=_ANY_ORDER)
+        return njit(function, parallel=True, fastmath=fastmath)
+
+
+_compiled_as_it_stands = functools.partial(_compiled, fastmath=False)
 
 
 def can_multiply(matrix: PackedMatrix) -> bool:
@@ -80,31 +87,87 @@ def _factors(bits: int, normal_float: bool) -> Tensor:
     return torch.tensor([1.0 if shifted[place] else 0.5 ** (bits * place) for place in places]).unsqueeze(-1)
 
 
+def can_rebuild(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> bool:
+    """Whether `dequantize` takes so many rows of the matrix, and is worth it."""
+    worth = rows * matrix.columns >= _LEAST_REBUILT
+    return worth and dtype in (torch.float32, torch.bfloat16) and can_multiply(matrix)
+
+
+def dequantize(
+    matrix: PackedMatrix, dtype: torch.dtype, packed: Tensor, scales: Tensor, zeros: Tensor | None
+) -> Tensor:
+    """Rows of `matrix` in `dtype` (n × columns), given by what it packs for them; see `PackedMatrix`."""
+    scales = scales.to(dtype).float()
+    if zeros is None:
+        zeros = torch.full_like(scales, 1 << (matrix.bits - 1))
+    elif matrix.grid == "float-zero":
+        zeros = zeros.to(dtype).float()
+    else:
+        zeros = unpack(zeros, matrix.bits, scales.shape[1]).float()
+    packed = packed.contiguous() if matrix.bits == 3 else packed.contiguous().view(torch.uint32)
+    levels = torch.tensor(matrix.levels, dtype=dtype).float()
+    wide = dtype == torch.float32
+    out = torch.empty(len(packed), matrix.columns, dtype=dtype)
+    _use_threads_of_torch()
+    arrays = (array.numpy() for array in (out if wide else out.view(torch.uint16), packed, scales, zeros))
+    _rebuilding_kernel(matrix.bits, matrix.grid == "normal-float", wide)(*arrays, levels.numpy())
+    return out
+
+
 def integer_product(x: Tensor, packed: Tensor) -> Tensor:
     """`x @ (packed − 128)ᵀ` (int32, tokens × rows) of int8 `x` and uint8 `packed` (rows × columns), exact."""
-    out = torch.empty(len(x), len(packed), dtype=torch.int32)
+    out = torch.empty(len(x), math.ceil(len(packed) / _ROWS_TOGETHER) * _ROWS_TOGETHER, dtype=torch.int32)
     _use_threads_of_torch()
-    _sum_integers(out.numpy(), x.contiguous().numpy(), packed.numpy())
-    return out - 128 * x.sum(-1, keepdim=True, dtype=torch.int32)
+    _sum_integers(out.numpy(), x.short().contiguous().numpy(), packed.numpy())
+    return out[:, : len(packed)]
 
 
-def can_multiply_sparse(matrix: SparseMatrix) -> bool:
-    """Whether `sparse_product` takes the matrix: lines that leave no byte of a 2:4 index half empty."""
+def can_read(matrix: SparseMatrix) -> bool:
+    """Whether `sparse_product` and `dense` take the matrix: no byte of a 2:4 index is half empty."""
     whole = matrix.index_format == "bitmap" or matrix.columns % 8 == 0
     return whole and matrix.nonzeros > 0 and matrix.kept.dtype in (torch.float32, torch.bfloat16)
 
 
 def sparse_product(x: Tensor, matrix: SparseMatrix) -> Tensor:
     """`x @ Wᵀ` (tokens × rows) for `x` (tokens × columns), in float32 and summed in it."""
-    wide = matrix.kept.dtype == torch.float32
-    kept = matrix.kept.detach().flatten().view(torch.uint32 if wide else torch.uint16).numpy()
-    index, bitmaps = matrix.index.numpy(), matrix.bitmaps().numpy()
     out = torch.empty(len(x), matrix.rows)
-    counts = np.empty(matrix.rows, np.int64)
     _use_threads_of_torch()
-    _count(counts, index, bitmaps)
-    _sparse_kernel(wide)(out.numpy(), x.float().numpy(), kept, counts.cumsum() - counts, index, bitmaps)
+    _sparse_kernel(matrix.kept.dtype == torch.float32)(out.numpy(), x.float().numpy(), *_read(matrix))
     return out
+
+
+def can_make_dense(matrix: SparseMatrix) -> bool:
+    """Whether `dense` takes the matrix, and is worth it."""
+    return matrix.rows * matrix.columns >= _LEAST_REBUILT and can_read(matrix)
+
+
+def dense(matrix: SparseMatrix) -> Tensor:
+    """The matrix with its zeros (rows × columns), in the dtype of its values; without gradients."""
+    out = torch.empty(matrix.rows, matrix.columns, dtype=matrix.kept.dtype)
+    _use_threads_of_torch()
+    _make_dense(_as_bits(out), *_read(matrix))
+    return out
+
+
+def _read(matrix: SparseMatrix) -> tuple[Any, ...]:
+    """What kernels read of a sparse matrix: its values as bits, where each row starts, index, and tables."""
+    kept = _as_bits(matrix.kept.detach().flatten())
+    bitmaps, counts = _bytes_of(matrix.index_format)
+    index = matrix.index.numpy()
+    of_rows = np.empty(matrix.rows, np.int64)
+    _count(of_rows, index, counts)
+    return kept, of_rows.cumsum() - of_rows, index, bitmaps
+
+
+def _as_bits(values: Tensor) -> Any:
+    return values.view(torch.uint32 if values.itemsize == 4 else torch.uint16).numpy()
+
+
+@functools.cache
+def _bytes_of(index_format: IndexFormat) -> tuple[Any, Any]:
+    """What each byte of an index says of eight weights: which it keeps, as bits, and how many (256 each)."""
+    kept = places_by_byte(index_format, torch.device("cpu")).view(torch.uint8).reshape(256, 8)
+    return pack(kept, 1).flatten().numpy(), kept.sum(1).numpy()
 
 
 def _use_threads_of_torch() -> None:
@@ -116,14 +179,30 @@ def _use_threads_of_torch() -> None:
 
 @_compiled
 def _sum_integers(out: Any, x: Any, packed: Any) -> None:
-    for row in prange(len(packed)):
-        weights = packed[row]
+    rows, columns = packed.shape
+    for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
+        first = part * _ROWS_AT_ONCE
+        here = min(rows - first, _ROWS_AT_ONCE)
+        signed = np.zeros((_ROWS_AT_ONCE, columns), np.int16)
+        for row in range(here):
+            line, into = packed[first + row], signed[row]
+            for column in range(columns):
+                into[column] = int16(int16(line[column]) - int16(128))
         for token in range(len(x)):
             values = x[token]
-            total = int32(0)
-            for column in range(len(weights)):
-                total = int32(total + int32(weights[column]) * int32(values[column]))
-            out[token, row] = total
+            for row in range(0, here, _ROWS_TOGETHER):
+                one, two, three, four = signed[row], signed[row + 1], signed[row + 2], signed[row + 3]
+                a = b = c = d = int32(0)
+                for column in range(columns):
+                    value = int32(values[column])
+                    a = int32(a + int32(one[column]) * value)
+                    b = int32(b + int32(two[column]) * value)
+                    c = int32(c + int32(three[column]) * value)
+                    d = int32(d + int32(four[column]) * value)
+                out[token, first + row] = a
+                out[token, first + row + 1] = b
+                out[token, first + row + 2] = c
+                out[token, first + row + 3] = d
 
 
 @njit(inline="always")
@@ -162,15 +241,10 @@ def _kernel(bits: int, normal_float: bool) -> Any:
             scale = np.empty(units, np.float32)
             rebuilt = np.empty((codes, units), np.float32)
             for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
-                if width % _SPREAD == 0:
-                    for group in range(groups):
-                        for start in range(group * width, (group + 1) * width, _SPREAD):
-                            for place in range(_SPREAD):
-                                scale[start + place] = scales[row, group]
-                else:
-                    for group in range(groups):
-                        for unit in range(group * width, (group + 1) * width):
-                            scale[unit] = scales[row, group]
+                for group in range(groups):
+                    start = uint64(group * width)
+                    for unit in range(width):
+                        scale[start + uint64(unit)] = scales[row, group]
                 line = packed[row]
                 if tokens > 1 and costly:
                     for unit in range(units):
@@ -198,16 +272,82 @@ def _kernel(bits: int, normal_float: bool) -> Any:
     return fill
 
 
+@njit(inline="always")
+def _rounded(value: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, the even one of two, in front of zeros (uint32)."""
+    bits = np.float32(value).view(np.uint32)
+    odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
+    return uint32(uint32(bits + uint32(0x7FFF) + odd) & uint32(0xFFFF0000))
+
+
+@functools.cache
+def _rebuilding_kernel(bits: int, normal_float: bool, wide: bool) -> Any:
+    """The compiled kernel that makes matrices whole, in float32 if `wide` or as bits of bfloat16."""
+    codes = codes_in_unit(bits)
+    mask = (1 << bits) - 1
+
+    @_compiled_as_it_stands
+    def fill(out: Any, packed: Any, scales: Any, zeros: Any, levels: Any) -> None:
+        rows, groups = scales.shape
+        columns = out.shape[1]
+        group_size = columns // groups
+        for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
+            steps = np.empty(columns, np.float32)
+            for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
+                line, into = packed[row], out[row]
+                for unit in range(columns // codes):
+                    word = _word(line, unit, bits)
+                    for place in range(codes):
+                        code = uint32(uint32(word >> uint32(bits * place)) & uint32(mask))
+                        steps[codes * unit + place] = levels[code] if normal_float else float32(int32(code))
+                for group in range(groups):
+                    scale, zero = scales[row, group], zeros[row, group]
+                    start = uint64(group * group_size)  # without a sign: no check for places below 0
+                    for column in range(group_size):
+                        at = start + uint64(column)
+                        value = steps[at] if normal_float else steps[at] - zero
+                        if wide:
+                            into[at] = value * scale
+                        else:
+                            value = np.uint32(_rounded(value)).view(np.float32)
+                            into[at] = uint16(_rounded(value * scale) >> uint32(16))
+
+    return fill
+
+
 @_compiled
-def _count(counts: Any, index: Any, bitmaps: Any) -> None:
+def _count(of_rows: Any, index: Any, counts: Any) -> None:
     """Kept weights of each row."""
-    for row in prange(len(counts)):
+    for row in prange(len(of_rows)):
         total = 0
         for byte in range(index.shape[1]):
-            bitmap = uint32(bitmaps[index[row, byte]])
-            for place in range(8):
-                total += (bitmap >> uint32(place)) & uint32(1)
-        counts[row] = total
+            total += counts[index[row, byte]]
+        of_rows[row] = total
+
+
+@njit(inline="always")
+def _spread(into: Any, kept: Any, start: Any, line: Any, bitmaps: Any, shift: Any) -> None:
+    """Write a row with its zeros (uint32): weights kept from `start` on, where its line of the index says."""
+    at, last = uint64(start), uint64(len(kept) - 1)  # without a sign: no check for places below 0
+    for byte in range(len(line)):
+        bitmap = uint32(bitmaps[line[byte]])
+        for place in range(8):
+            is_kept = (bitmap >> uint32(place)) & uint32(1)
+            value = uint32(kept[min(at, last)]) << uint32(shift)
+            into[8 * byte + place] = value if is_kept else uint32(0)
+            at += uint64(is_kept)
+
+
+@_compiled
+def _make_dense(out: Any, kept: Any, starts: Any, index: Any, bitmaps: Any) -> None:
+    rows, columns = out.shape
+    for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
+        bits = np.empty(8 * index.shape[1], np.uint32)
+        for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
+            _spread(bits, kept, starts[row], index[row], bitmaps, 0)
+            into = out[row]
+            for column in range(columns):
+                into[column] = bits[column]
 
 
 @functools.cache
@@ -219,19 +359,11 @@ def _sparse_kernel(wide: bool) -> Any:
     def fill(out: Any, x: Any, kept: Any, starts: Any, index: Any, bitmaps: Any) -> None:
         rows, width = index.shape
         tokens, columns = x.shape
-        last = uint64(len(kept) - 1)  # places without a sign spare the check for a negative one
         for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
             bits = np.empty(8 * width, np.uint32)
             weights = bits.view(np.float32)
             for row in range(part * _ROWS_AT_ONCE, min(rows, (part + 1) * _ROWS_AT_ONCE)):
-                at = uint64(starts[row])
-                for byte in range(width):
-                    bitmap = uint32(bitmaps[index[row, byte]])
-                    for place in range(8):
-                        is_kept = (bitmap >> uint32(place)) & uint32(1)
-                        value = uint32(kept[min(at, last)]) << uint32(shift)
-                        bits[8 * byte + place] = value if is_kept else uint32(0)
-                        at += uint64(is_kept)
+                _spread(bits, kept, starts[row], index[row], bitmaps, shift)
                 for token in range(tokens):
                     total = float32(0)
                     for column in range(columns):

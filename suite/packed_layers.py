@@ -99,13 +99,13 @@ class PackedMatrix(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
         """The matrix (or the chosen rows of it) in `dtype`."""
-        scales = self.scales[rows]
-        fused = kernels.fused(self.packed.device)
-        if fused is not None:
+        packed, scales = self.packed[rows], self.scales[rows]
+        rebuilders = kernels.rebuilders(self, len(packed), dtype)
+        if rebuilders is not None:
             zeros = None if self.symmetric else self.zeros[rows]
-            rebuilt: Tensor = fused.dequantize(self, dtype, self.packed[rows], scales, zeros)
+            rebuilt: Tensor = rebuilders.dequantize(self, dtype, packed, scales, zeros)
             return rebuilt
-        values = unpack_as(self.packed[rows], self.bits, self.columns, self.levels, dtype)
+        values = unpack_as(packed, self.bits, self.columns, self.levels, dtype)
         groups = scales.shape[1]
         # Ragged last group: compute on a padded copy, cut afterwards.
         padding = groups * self.group - self.columns

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+IndexFormat = Literal["bitmap", "2:4"]
+"""How an index says which weights are kept: by a bit for each, or by two 2-bit places of every four."""
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -85,3 +89,15 @@ def _table(bits: int, levels: tuple[float, ...], dtype: torch.dtype, device: tor
     codes = (word >> torch.arange(0, bits * count, bits)) & ((1 << bits) - 1)
     values = torch.tensor(levels, dtype=dtype)[codes]
     return values.view(_WORDS[values.element_size() * count]).flatten().to(device)
+
+
+@functools.cache
+def places_by_byte(index_format: IndexFormat, device: torch.device) -> Tensor:
+    """For each byte of an index which of eight weights it keeps, as eight bools seen as one integer."""
+    byte = torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(-1)
+    if index_format == "bitmap":
+        places = unpack(byte, 1, 8).bool()
+    else:
+        positions = unpack(byte, 2, 4).reshape(256, 2, 2, 1)
+        places = (positions == torch.arange(4, dtype=torch.uint8, device="cpu")).any(-2).reshape(256, 8)
+    return places.view(torch.int64).flatten().to(device)

@@ -9,44 +9,23 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
-from suite import kernels
+from suite import kernels, numba_kernels
 from suite.errors import InputError
 from suite.layers import default_dtype, module_type
-from suite.packing import pack, unpack
-
-IndexFormat = Literal["bitmap", "2:4"]
+from suite.packing import IndexFormat, pack, places_by_byte
 
 
 @functools.cache
 def _cutlass_order(rows: int, words: int, device: torch.device) -> Tensor:
     order: Tensor = _calculate_meta_reordering_scatter_offsets(rows, words, torch.int16, device)
     return order
-
-
-@functools.cache
-def _places_by_byte(index_format: IndexFormat, device: torch.device) -> Tensor:
-    """For each byte of an index which of eight weights it keeps, as eight bools seen as one integer."""
-    byte = torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(-1)
-    if index_format == "bitmap":
-        places = unpack(byte, 1, 8).bool()
-    else:
-        positions = unpack(byte, 2, 4).reshape(256, 2, 2, 1)
-        places = (positions == torch.arange(4, dtype=torch.uint8, device="cpu")).any(-2).reshape(256, 8)
-    return places.view(torch.int64).flatten().to(device)
-
-
-@functools.cache
-def _bitmap_by_byte(index_format: IndexFormat) -> Tensor:
-    """For each byte of an index on the CPU which of eight weights it keeps, as bits (uint8)."""
-    places = _places_by_byte(index_format, torch.device("cpu")).view(torch.uint8).reshape(256, 8)
-    return pack(places, 1).flatten()
 
 
 class SparseMatrix(nn.Module):
@@ -81,13 +60,9 @@ class SparseMatrix(nn.Module):
 
     def places(self) -> Tensor:
         """Which weights are kept (rows × columns, bool), read off the index."""
-        table = _places_by_byte(self.index_format, self.index.device)
+        table = places_by_byte(self.index_format, self.index.device)
         places = table.index_select(0, self.index.int().reshape(-1)).view(torch.bool)
         return places.reshape(self.rows, -1)[:, : self.columns]
-
-    def bitmaps(self) -> Tensor:
-        """What a byte of the index says of eight weights, as a byte of a bitmap (256, uint8)."""
-        return _bitmap_by_byte(self.index_format)
 
     @staticmethod
     def index_of(places: Tensor, index_format: IndexFormat) -> Tensor:
@@ -119,6 +94,8 @@ class SparseMatrix(nn.Module):
 
     def dense(self) -> Tensor:
         """The matrix with its zeros, rows × columns, in the dtype of the values."""
+        if kernels.without_gradients(self.kept) and numba_kernels.can_make_dense(self):
+            return numba_kernels.dense(self)
         empty = torch.zeros(self.rows, self.columns, dtype=self.kept.dtype, device=self.kept.device)
         return empty.masked_scatter(self.places(), self.kept)
 

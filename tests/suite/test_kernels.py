@@ -192,6 +192,41 @@ def test_other_formats_are_dequantized(
     assert kernels.chosen() == {}
 
 
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 70), torch.tensor([5, 5, 192, 0])])
+def test_a_processor_rebuilds_the_same_weights_with_a_kernel_as_without(
+    bits: int,
+    group: int,
+    columns: int,
+    symmetric: bool,
+    grid: Grid,
+    dtype: torch.dtype,
+    rows: Tensor | slice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = of_format(bits, group, columns, symmetric, grid)
+    matrix.scales[7, 0], matrix.scales[8, -1] = float("nan"), float("inf")
+    assert kernels.rebuilders(matrix, 4, dtype) is None  # so few weights are rebuilt by torch
+    expected = matrix.dequantize(dtype, rows)
+    monkeypatch.setattr(numba_kernels, "_LEAST_REBUILT", 1)
+    assert (kernels.rebuilders(matrix, 4, dtype) is numba_kernels) == (columns != 70)
+    found = matrix.dequantize(dtype, rows)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([2, 3, 4, 8]), DTYPES, st.booleans(), SEEDS)
+def test_groups_of_any_number_of_units_are_rebuilt(
+    groups: int, units: int, bits: int, dtype: torch.dtype, symmetric: bool, seed: int
+) -> None:
+    group = units * codes_in_unit(bits)
+    matrix = packed(9, groups * group, bits, group, symmetric, dtype, seed)
+    zeros = None if symmetric else matrix.zeros
+    found = numba_kernels.dequantize(matrix, dtype, matrix.packed, matrix.scales, zeros)
+    assert torch.equal(found, matrix.dequantize(dtype))
+
+
 @pytest.mark.parametrize(("bits", "group", "columns"), [(4, 32, 64), (3, 64, 70), (8, 64, 64)])
 def test_a_matrix_is_rebuilt_in_parts(
     bits: int, group: int, columns: int, monkeypatch: pytest.MonkeyPatch

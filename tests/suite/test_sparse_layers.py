@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from suite import kernels
+from suite import kernels, numba_kernels
 from suite.errors import CellFailed, InputError
 from suite.layers import spec_of
 from suite.measure.ledger import ledger, total_disk, total_params
@@ -47,6 +47,10 @@ def test_any_places_come_back_from_the_bitmap(rows: int, columns: int, share: fl
     matrix.store_(weight, places)
     assert torch.equal(matrix.places(), places)
     assert torch.equal(matrix.dense(), weight * places)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not numba_kernels.can_read(matrix) or torch.equal(
+            numba_kernels.dense(matrix.to(dtype)), (weight * places).to(dtype)
+        )
 
 
 def test_every_pair_of_positions_comes_back_from_two_of_four() -> None:
@@ -213,6 +217,21 @@ def test_what_is_no_number_stays_none(kind: type[SparseLinear]) -> None:
     found = kernels.numba_sparse(x, sparse, sparse.bias)
     assert found[0].isfinite().all()
     assert found[1].isnan().all()
+
+
+@KINDS
+def test_a_large_matrix_is_made_dense_by_a_kernel_where_no_gradients_are_wanted(
+    kind: type[SparseLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = nn.Linear(512, 130)
+    sparse, places = made(linear, kind)
+    real, called = numba_kernels.dense, []
+    monkeypatch.setattr(numba_kernels, "dense", lambda matrix: called.append(matrix) or real(matrix))
+    assert sparse.dense().requires_grad
+    assert called == []
+    with torch.no_grad():
+        assert torch.equal(sparse.dense(), linear.weight * places)
+    assert called == [sparse]
 
 
 def test_what_no_kernel_takes_is_made_dense() -> None:
