@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -39,6 +40,13 @@ class RecipePlan:
 
     @staticmethod
     def _by_stage(recipe: Staged, values: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        try:
+            json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise CellFailed(
+                f"knobs or notes of {recipe} cannot be kept in a record: {error}; give Python's own numbers,"
+                " texts, lists and dictionaries"
+            ) from None
         named: dict[str, dict[str, Any]] = {}
         for number, (stage, value) in enumerate(zip(recipe.stages, values, strict=True), start=1):
             named[stage.name if stage.name not in named else f"{stage.name} #{number}"] = value

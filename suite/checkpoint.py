@@ -17,7 +17,7 @@ from suite.errors import InputError
 from suite.layers import ModuleSpec, replace, spec_of
 from suite.measure.ledger import tensor_bytes
 from suite.models import sliced as sliced  # registers its module types
-from suite.models.load import forget_quantization
+from suite.models.load import first_line, forget_quantization
 from suite.quantizer import SurgeryConfig
 
 
@@ -55,8 +55,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
 
 
 def reload(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """Load a checkpoint in its own dtype, in evaluation mode."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    """Load a checkpoint in its own dtype, in evaluation mode.
+
+    Raises:
+        InputError: its weights are missing or unreadable.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the weights of '{folder}' cannot be read: {first_line(error)}") from None
     placed: PreTrainedModel = model.to(device).eval()
     return placed
 

@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,47 @@ def check_text(source: str) -> None:
         )
 
 
+STREAMED_ROWS = {"c4": 2000, "alpaca": 2000}
+"""Rows that are taken of a text, pulled into a data directory or read from the hub, so both are the same."""
+
+
+FIRST_ROWS = "first_rows.json"
+"""Tells of a data directory what was pulled in part, and how many rows of it."""
+
+
+def check_whole(names: Iterable[str], limit: int | None, folder: Path | None) -> None:
+    """Refuse tasks and texts that were pulled in part, unless rows are marked as partial.
+
+    Raises:
+        InputError: with the rows there are.
+    """
+    if folder is None or not (folder / FIRST_ROWS).is_file():
+        return
+    there = json.loads(_content(folder / FIRST_ROWS))
+    for name in names:
+        first = there.get(name, there.get(name.partition("-")[0]))
+        if first is not None and (limit is None or limit > first):
+            raise InputError(
+                f"'{folder}' holds only the first {first} rows of '{name}'. Run with --limit {first}, which"
+                " marks the results as partial, or pull it whole."
+            )
+
+
+def check_learnt(source: str, perplexity_source: str) -> None:
+    """Refuse to calibrate or train on a text that does not exist, or that models are scored on.
+
+    Raises:
+        InputError: with the texts there are.
+    """
+    check_text(source)
+    scored = HELD_OUT | {perplexity_source}
+    if source in scored:
+        raise InputError(
+            f"'{source}' is what models are scored on, so none learns from it."
+            f"  (Others: {', '.join(sorted(TEXTS.keys() - scored))}.)"
+        )
+
+
 def _pydoc(part: str) -> str:
     """CPython's language reference as shipped with every interpreter, split once by topic.
 
@@ -84,7 +126,7 @@ def _wikitext(split: str, raw: bool = False) -> Callable[[Path | None], str]:
             return [row["text"] for row in hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split)]
         path = _existing(folder / "wikitext2" / f"{split}.txt.gz")
         # Lines end at "\n" alone: str.splitlines would also cut at U+2028 and its like.
-        lines = io.StringIO(gzip.decompress(path.read_bytes()).decode(), newline="\n")
+        lines = io.StringIO(_content(path).decode(), newline="\n")
         return ["" if line.strip() == "" else line for line in lines]
 
     if raw:
@@ -95,7 +137,7 @@ def _wikitext(split: str, raw: bool = False) -> Callable[[Path | None], str]:
 def _documents(name: str, hub: tuple[str, str | None], field: str = "text") -> Callable[[Path | None], str]:
     def load(folder: Path | None) -> str:
         if folder is None:
-            rows = hub_rows(hub[0], hub[1], "train", limit=2000)
+            rows = hub_rows(hub[0], hub[1], "train", limit=STREAMED_ROWS[name])
         else:
             rows = read_jsonl(_existing(folder / name / "train.jsonl.gz"))
         return "\n\n".join(row[field] for row in rows)
@@ -127,9 +169,23 @@ def _existing(path: Path) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, gzipped or not."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
+    """Rows of a JSON-lines file, gzipped or not.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+    """
+    lines = _content(path).decode().split("\n")
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise InputError(f"'{path}' is damaged: {error}.  (weighin data pull fetches it anew.)") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"'{path}' cannot be read: {error}.  (weighin data pull fetches it anew.)") from None
 
 
 def hub_rows(name: str, config: str | None, split: str, limit: int | None = None) -> list[dict[str, Any]]:

@@ -108,6 +108,7 @@ def train(
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
+    resumed = {"seconds_before_resuming": round(run.seconds_before, 1)} if run.seconds_before else {}
     return {
         "tokens": training.tokens.numel(),
         "steps": run.step,
@@ -119,6 +120,7 @@ def train(
         "loss": curve(run.losses),
         "held_out_cross_entropy": [[step, round(value, 4)] for step, value in run.held_out],
         **taught,
+        **resumed,
     }
 
 
@@ -212,6 +214,7 @@ class _Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
         self.step = 0
+        self.begun, self.seconds_before = time.monotonic(), 0.0
         self.losses: list[float] = []
         self.held_out: list[list[float]] = []
         start = [_digest(model.state_dict().values()), [p.shape for p in parameters], torch.__version__]
@@ -269,6 +272,7 @@ class _Run:
                 tensors[f"{name}.{i}"] = value
         start = time.monotonic()
         metadata = {"step": self.step, "losses": self.losses, "held_out": self.held_out}
+        metadata["seconds"] = self.seconds_before + start - self.begun
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary, {"state": json.dumps(metadata)})
@@ -295,6 +299,7 @@ class _Run:
                     moments = {n: file.get_tensor(f"{n}.{i}").to(master.device) for n in _MOMENTS}
                     self.optimizer.state[master] = {"step": file.get_tensor(f"step.{i}"), **moments}
         self.step, self.losses, self.held_out = state["step"], state["losses"], state["held_out"]
+        self.seconds_before = state.get("seconds", 0.0)
         self._copy_back()
 
     @torch.no_grad()

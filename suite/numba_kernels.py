@@ -183,6 +183,14 @@ def _sum_integers(out: Any, x: Any, packed: Any) -> None:
     for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
         first = part * _ROWS_AT_ONCE
         here = min(rows - first, _ROWS_AT_ONCE)
+        if len(x) == 1:  # nothing is shared, so nothing is kept
+            for row in range(here):
+                line, values, total = packed[first + row], x[0], int32(0)
+                for column in range(columns):
+                    weight = int16(int16(line[column]) - int16(128))
+                    total = int32(total + int32(weight) * int32(values[column]))
+                out[0, first + row] = total
+            continue
         signed = np.zeros((_ROWS_AT_ONCE, columns), np.int16)
         for row in range(here):
             line, into = packed[first + row], signed[row]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast, get_args
+from collections.abc import Callable
+from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +194,12 @@ class PackedEmbedding(PackedMatrix):
             module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, group, symmetric)
         module.quantize_(embedding.weight)
         return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # The dtype that lookups answer in follows the model's, as that of a dense table would.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return applied
 
     def arguments(self) -> dict[str, Any]:
         return {

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite.data import hub_rows
+from suite.data import FIRST_ROWS, STREAMED_ROWS, hub_rows
 from suite.errors import InputError, nearest
 from suite.evaluate.harness import DATA_FILES, load_tasks
+from suite.records import atomically
 
 # Name -> file -> (dataset, config, split) on the hub.
 _TEXTS: dict[str, dict[str, tuple[str, str | None, str]]] = {
@@ -21,7 +22,6 @@ _TEXTS: dict[str, dict[str, tuple[str, str | None, str]]] = {
     "c4": {"c4/train.jsonl.gz": ("allenai/c4", "en", "train")},
     "alpaca": {"alpaca/train.jsonl.gz": ("tatsu-lab/alpaca", None, "train")},
 }
-_STREAMED_ROWS = 2000
 
 
 def pull(folder: Path, names: Sequence[str] | None, rows: int | None) -> Iterator[tuple[str, list[str]]]:
@@ -43,11 +43,29 @@ def pull(folder: Path, names: Sequence[str] | None, rows: int | None) -> Iterato
     for name in names or known:
         contents = _text(name, rows) if name in _TEXTS else _task(name, rows)
         for file, content in contents.items():
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = content.encode()
-            path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+            _write(folder / file, content.encode())
+        _remember(folder / FIRST_ROWS, name, rows)
         yield name, list(contents)
+
+
+def _remember(path: Path, name: str, rows: int | None) -> None:
+    """Note how many rows were asked for, so that no result of a part passes for one of the whole."""
+    noted = json.loads(path.read_text()) if path.is_file() else {}
+    if rows is None:
+        noted.pop(name, None)
+    else:
+        noted[name] = rows
+    if noted or path.is_file():
+        _write(path, json.dumps(noted).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    data = gzip.compress(content) if path.suffix == ".gz" else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomically(path, lambda to: to.write_bytes(data))
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be written: {error.strerror}.") from None
 
 
 def _task(name: str, rows: int | None) -> dict[str, str]:
@@ -64,7 +82,7 @@ def _task(name: str, rows: int | None) -> dict[str, str]:
 def _text(name: str, rows: int | None) -> dict[str, str]:
     files = {}
     for file, (dataset, config, split) in _TEXTS[name].items():
-        limit = rows or (_STREAMED_ROWS if name == "c4" else None)
+        limit = rows or STREAMED_ROWS.get(name)
         found = hub_rows(dataset, config, split, limit)
         # WikiText's rows keep their newline; its blank rows are empty and become " \n" lines.
         files[file] = (

@@ -288,7 +288,7 @@ def _stage(name: str, arguments: str, text: str) -> Method[Any]:
             raise InputError(f"recipe '{text}': '{key.strip()}' is given twice.")
         try:
             knobs[key.strip()] = value.strip() if _RATIO.fullmatch(value) else yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a date may be none
             raise InputError(f"recipe '{text}': '{value.strip()}' is not a value.") from None
     try:
         return cls(cls.Config.model_validate(knobs))

@@ -184,16 +184,7 @@ class RecordStore:
         Raises:
             InputError: the folder cannot be created or written.
         """
-        try:
-            (self.folder / "records").mkdir(parents=True, exist_ok=True)
-            probe = self.folder / "records" / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"results folder '{self.folder}' cannot be written: {error.strerror}. Choose another with"
-                " --results DIR."
-            ) from None
+        check_writable(self.folder / "records", "results folder", "--results", shown=self.folder)
 
     def path(self, spec: RunSpec) -> Path:
         """Where the record of a cell lives."""
@@ -202,7 +193,7 @@ class RecordStore:
     def find(self, spec: RunSpec) -> Record | None:
         """The record of a cell, if there is one."""
         path = self.path(spec)
-        return self.read(path) if path.is_file() else None
+        return self.read(path) if path.exists() else None
 
     def read(self, path: Path) -> Record:
         """Read one record.
@@ -221,6 +212,8 @@ class RecordStore:
                     f"'{path}' has schema {version}; this weighin reads up to {SCHEMA_VERSION}. Update."
                 )
             return Record.model_validate(content)
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be read: {error.strerror}. {advice}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise InputError(f"'{path}' is not valid JSON (half-written?). {advice}") from None
         except ValidationError as error:
@@ -290,6 +283,24 @@ class RecordStore:
                     atomically(path, partial(shutil.copyfile, beside))
         self.save(record)
         return record
+
+
+def check_writable(folder: Path, what: str, option: str, shown: Path | None = None) -> None:
+    """Refuse a folder that cannot be written, before anything is computed.
+
+    Raises:
+        InputError: the folder cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{what} '{shown or folder}' cannot be written: {error.strerror}. Choose another with"
+            f" {option} DIR."
+        ) from None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from suite.calibration import draw_held_back
 from suite.errors import ImpossibleBudget, InputError, NotApplicable, WeighinError, require
 from suite.method import Method, methods
 from suite.models import load
@@ -180,6 +181,7 @@ class Search:
             InputError: the results folder cannot be written.
             MissingExtra: optuna is not installed.
         """
+        self._check_text()
         deadline = time.monotonic() + seconds
         study = self._study()
         share = seconds if self.spec.candidates else TRIAL_SHARE * seconds
@@ -201,11 +203,18 @@ class Search:
                 tried = Tried(recipe=recipe, status="slow", seconds=share, reason=reason)
             if tried is None:
                 self._tell(study, trial, Tried(recipe=recipe, status="failed"), again=True)
+                study.enqueue_trial(trial.params)  # the same command goes on with it
                 break
             known[recipe] = tried
             self._tell(study, trial, tried)
             self._save(study)
         return self._save(study)
+
+    def _check_text(self) -> None:
+        """Draw what is held back once: that a text is too short for it is not for every trial to find out."""
+        spec = self.spec
+        tokenizer = load.load_tokenizer(self.source.location)
+        draw_held_back(spec.calibration, spec.healing, spec.held_back, tokenizer, spec.seed, self.data_folder)
 
     def _study(self) -> Any:
         require("optuna", "weighin search")
@@ -223,6 +232,7 @@ class Search:
         for trial in study.trials:  # what a killed search was at
             if trial.state == optuna.trial.TrialState.RUNNING:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                study.enqueue_trial(trial.params)
         # Each beginning draws anew; all of them together are decided by the seed.
         seed = self.spec.seed + len(study.trials)
         startup = len(list(self._first()))

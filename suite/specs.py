@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +18,10 @@ from suite.errors import InputError, nearest
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
 _SMALLEST_ABSOLUTE = 1000
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What NumPy and torch take alike."""
 
 
 class Frozen(BaseModel):
@@ -57,6 +62,8 @@ class Budget(Frozen):
             value = float(number) * _UNITS[unit]
         except ValueError:
             raise InputError(f"'{text}' is not a budget: '{number}' is not a number.") from None
+        if not math.isfinite(value):
+            raise InputError(f"'{text}' is not a budget: '{number}' is too large a number. {form}")
         if not unit and not 0 < value <= 1 and value < _SMALLEST_ABSOLUTE:
             raise InputError(f"budget '{text}': a share must lie in (0, 1]. {form}")
         if value <= 0 or (value < _SMALLEST_ABSOLUTE and (unit or value > 1)):
@@ -124,7 +131,7 @@ class PerplexitySpec(Frozen):
 
     source: str
     window: int = Field(gt=1)
-    windows: int | None = None
+    windows: int | None = Field(default=None, gt=0)
     bos: bool = False
 
 
@@ -134,19 +141,19 @@ class TaskSpec(Frozen):
     name: str
     metric: Literal["acc", "acc_norm", "exact_match"]
     filter: str = "none"
-    limit: int | None = None
+    limit: int | None = Field(default=None, gt=0)
 
 
 class SpeedSpec(Frozen):
     """Shapes of the three throughput measurements."""
 
-    prefill_batch: int = 4
-    prefill_length: int = 128
-    decode_prompt: int = 64
-    decode_tokens: int = 24
-    train_batch: int = 2
-    train_length: int = 128
-    repeats: int = 5
+    prefill_batch: int = Field(default=4, gt=0)
+    prefill_length: int = Field(default=128, gt=0)
+    decode_prompt: int = Field(default=64, gt=0)
+    decode_tokens: int = Field(default=24, gt=0)
+    train_batch: int = Field(default=2, gt=0)
+    train_length: int = Field(default=128, gt=1)
+    repeats: int = Field(default=5, gt=0)
 
 
 class Protocol(Frozen):
@@ -160,7 +167,7 @@ class Protocol(Frozen):
     speed: SpeedSpec = SpeedSpec()
     healing: HealingSpec | None = None
     dtype: Literal["bfloat16", "float32", "native"] = "native"
-    tokens_per_batch: int | None = None
+    tokens_per_batch: int | None = Field(default=None, gt=0)
     """Tokens in a padded evaluation batch; by default 512 on a CPU and 16,384 on an accelerator."""
 
     @classmethod
@@ -176,11 +183,11 @@ class Protocol(Frozen):
 class Track(Frozen):
     """A grid of cells: models × recipes × budgets × seeds under one protocol."""
 
-    models: tuple[str, ...] = ("smollm2-135m",)
+    models: tuple[str, ...] = Field(default=("smollm2-135m",), min_length=1)
     recipes: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ("none",)
     protocol: str = "embedded"
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     calibration: str | None = None
     healing: str | None = None
     limit: int | None = Field(default=None, gt=0)
@@ -254,10 +261,10 @@ def load_named(cls: type[NamedT], kind: str, name: str) -> NamedT:
         return cls.model_validate(fields)
     except FileNotFoundError:
         raise InputError(f"{kind} file '{name}' does not exist.") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{kind} file '{name}' cannot be read: {error}") from None
     except ValidationError as error:
         raise InputError(f"{kind} file '{name}': {explain(error, cls)}") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:  # YAML's dates may be none
+        raise InputError(f"{kind} file '{name}' cannot be read: {error}") from None
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:

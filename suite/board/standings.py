@@ -57,6 +57,25 @@ def _setting(record: Record) -> list[Any]:
     return [spec.protocol_digest, str(spec.calibration), spec.limit, spec.device]
 
 
+def current(records: Sequence[Record]) -> list[Record]:
+    """The records without those of an older version of their methods, where there is one of a newer."""
+    newest: dict[str, tuple[int, ...]] = {}
+    versions = [_versions(record) for record in records]
+    cells = [digest_of(r.spec.model_dump(mode="json", exclude={"method_versions"})) for r in records]
+    for cell, version in zip(cells, versions, strict=True):
+        newest[cell] = max(newest.get(cell, ()), version)
+    return [
+        record
+        for record, cell, version in zip(records, cells, versions, strict=True)
+        if version == newest[cell]
+    ]
+
+
+def _versions(record: Record) -> tuple[int, ...]:
+    """The numbers of `name@number`; plug-ins have digests beside them, which have no order."""
+    return tuple(int(v.partition("@")[2]) for v in record.spec.method_versions if "@" in v)
+
+
 def standings(records: Sequence[Record], store: RecordStore) -> dict[str, Standing]:
     """Standings of all compressed rows, table by table.
 

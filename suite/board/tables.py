@@ -72,6 +72,7 @@ def tables(records: Sequence[Record], standings: Standings | None = None) -> lis
                 f"perplexity is of text {first['text']}; other tables of this model and protocol have another"
                 " version of it, so perplexities are compared within tables alone",
             )
+        lines += _mixed_texts(every)
         result.append(Table(setting, "" if contested == "none" else contested, tuple(every), lines))
     return result
 
@@ -83,6 +84,18 @@ def _versions_of_texts(references: Iterable[Row]) -> dict[tuple[str, str], set[s
         if row["text"]:
             found.setdefault(_text_of(row), set()).add(row["text"])
     return found
+
+
+def _mixed_texts(members: Sequence[Row]) -> tuple[str, ...]:
+    """What to say where rows of one table read different versions of the text."""
+    by_text: dict[str, list[str]] = {}
+    for row in members:
+        if row["text"]:
+            by_text.setdefault(row["text"], []).append(label(row))
+    if len(by_text) < 2:
+        return ()
+    named = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in sorted(by_text.items()))
+    return (f"perplexity is of {len(by_text)} versions of its text, compared within each alone: {named}",)
 
 
 def _text_of(row: Row) -> tuple[str, str]:

@@ -49,7 +49,7 @@ def profile(
         int, typer.Option(min=2, help="Sequences of the calibration's text kept for perplexity.")
     ] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task, for accuracy.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     results: Results = DEFAULT_RESULTS,
     data_dir: DataDir = None,
@@ -90,8 +90,7 @@ def profile(
         check_allocatable(type(chosen), metric, budget, counted)
     settings = Protocol.load(protocol)
     sample = CalibrationSpec.parse(calibration) if calibration else settings.calibration
-    if sample.source in {*data.HELD_OUT, settings.perplexity.source}:
-        raise InputError(f"'{sample.source}' is what boards are scored on; name another --calibration.")
+    data.check_learnt(sample.source, settings.perplexity.source)
     if metric != "perplexity":
         check_tasks(settings)
     check_device(device)

@@ -41,7 +41,7 @@ def run(
         list[str] | None, typer.Option(help="params=0.8, bytes=0.25, bytes=64MiB or none. Repeatable.")
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="Protocol: its name or a YAML file.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed. Repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, max=2**32 - 1, help="Seed. Repeatable.")] = None,
     calibration: Annotated[str | None, typer.Option(help="NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")] = None,
     healing: Annotated[
         str | None, typer.Option(help="What recipes that train are trained on: NAME:COUNTxLENGTH/BATCH.")
@@ -139,7 +139,7 @@ def board(
 ) -> None:
     """Make the leaderboard from the records in a results folder."""
     from suite.board.page import page
-    from suite.board.standings import standings
+    from suite.board.standings import current, standings
     from suite.board.tables import FORMATS, Format
     from suite.records import RecordStore
 
@@ -147,7 +147,10 @@ def board(
     if format not in formats:
         raise InputError(f"no format is called '{format}'.{nearest(format, formats)}  ({', '.join(formats)})")
     store = RecordStore(results)
-    records = store.all()
+    everything = store.all()
+    records = current(everything)
+    if older := len(everything) - len(records):
+        console.print(f"Left out: {older} records of older versions of their methods.")
     records = _only(records, "model", model, lambda record: record.spec.model)
     records = _only(records, "protocol", protocol, lambda record: record.spec.protocol.name)
     standing = standings(records, store)
@@ -170,7 +173,7 @@ def plan(
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file or alias.")] = "smollm2-135m",
     budget: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe; all methods when not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed.")] = 0,
     protocol: Annotated[str, typer.Option(help="Protocol whose resolution is shown.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task, as for a run.")] = None,
     data_dir: DataDir = None,

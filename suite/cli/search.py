@@ -49,7 +49,7 @@ def search(
     held_back: Annotated[
         int, typer.Option(min=1, help="Sequences of the calibration's text kept for perplexity.")
     ] = 16,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     results: Results = DEFAULT_RESULTS,
     data_dir: DataDir = None,
@@ -74,9 +74,7 @@ def search(
         raise InputError("a search needs a budget to search for, such as bytes=0.2 or params=0.8.")
     settings = Protocol.load(protocol)
     sample = CalibrationSpec.parse(calibration) if calibration else settings.calibration
-    data.check_text(sample.source)
-    if sample.source in {*data.HELD_OUT, settings.perplexity.source}:
-        raise InputError(f"'{sample.source}' is what boards are scored on; name another --calibration.")
+    data.check_learnt(sample.source, settings.perplexity.source)
     check_device(device)
     candidates = [Recipe.parse(text) for text in recipe or ()]
     trained = any("training" in candidate.needs for candidate in candidates)

@@ -174,14 +174,8 @@ def load_side(source: load.Source, device: str, protocol: Protocol) -> PreTraine
         InputError: its family is not supported, or its weights cannot be read.
     """
     load.load_config(source)
-    try:
-        if Path(source.location).is_dir():
-            model = checkpoint.reload(Path(source.location), device)
-        else:
-            model = load.load_model(source, device)
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise InputError(f"the weights of '{source.name}' cannot be read: {lines[0]}") from None
+    folder = Path(source.location)
+    model = checkpoint.reload(folder, device) if folder.is_dir() else load.load_model(source, device)
     return model if protocol.dtype == "native" else model.to(getattr(torch, protocol.dtype))
 
 

@@ -29,7 +29,7 @@ from suite.errors import InputError, MissingExtra, nearest
 from suite.models.anatomy import Anatomy, anatomy_of
 from suite.models.layouts import layout_of
 
-_WEIGHT_FILES = ("*.safetensors",)
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found. `digest` changes whenever its weights or config do."""
+    """A model that was found. `digest` changes whenever its weights, config or tokenizer do."""
 
     name: str
     location: str
@@ -94,7 +94,7 @@ def load_config(source: Source) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the config of '{source.name}' cannot be read: {_first_line(error)}") from None
+        raise InputError(f"the config of '{source.name}' cannot be read: {first_line(error)}") from None
     layout_of(config)
     return config
 
@@ -131,7 +131,7 @@ def load_model(source: Source, device: str = "cpu", dtype: torch.dtype | None = 
             source.location, dtype=dtype or native_dtype(config)
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"the weights of '{source.name}' cannot be read: {_first_line(error)}") from None
+        raise InputError(f"the weights of '{source.name}' cannot be read: {first_line(error)}") from None
     placed: PreTrainedModel = model.to(device).eval()
     return placed
 
@@ -145,7 +145,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"'{location}' has no usable tokenizer: {_first_line(error)}") from None
+        raise InputError(f"'{location}' has no usable tokenizer: {first_line(error)}") from None
     return tokenizer
 
 
@@ -165,7 +165,13 @@ def _from_gguf(file: Path, name: str, note: str) -> Source:
 
 def _dequantize(file: Path, folder: Path) -> None:
     """Write the dequantized checkpoint once, however many processes ask for it at the same time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"'{folder.parent}' cannot be written: {error.strerror}. Choose another folder with"
+            " WEIGHIN_CACHE_DIR."
+        ) from None
     with filelock.FileLock(folder.with_suffix(".lock")):
         if (folder / "config.json").is_file():
             return
@@ -177,7 +183,7 @@ def _dequantize(file: Path, folder: Path) -> None:
             )
         except (OSError, ValueError, KeyError, struct.error) as error:
             raise InputError(
-                f"'{file}' cannot be read as GGUF: {_first_line(error)}  (Is the file whole?)"
+                f"'{file}' cannot be read as GGUF: {first_line(error)}  (Is the file whole?)"
             ) from None
         finally:
             logging.disable_progress_bar()
@@ -213,7 +219,7 @@ def _from_hub(name: str) -> Source:
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(
             f"no model is called '{name}'.{hint}  (Not an alias ({', '.join(ALIASES)}), not a local folder"
-            f" or .gguf file, and the hub says: {_first_line(error)})"
+            f" or .gguf file, and the hub says: {first_line(error)})"
         ) from None
     except (OSError, HubClientError, OfflineModeIsEnabled) as error:
         cached = _cached_revision(name)
@@ -239,10 +245,12 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    files = sorted(file for pattern in ("config.json", *_WEIGHT_FILES) for file in folder.glob(pattern))
+    found = {file for pattern in _MODEL_FILES for file in folder.glob(pattern)}
+    files = sorted(file for file in found if file.is_file())
     parts = [f"{file.name}:{_file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; the rest is for those who read its code."""
     return str(error).strip().split("\n")[0]

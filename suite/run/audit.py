@@ -252,9 +252,9 @@ def evaluation_paths(data_folder: Path | None) -> list[Path]:
     return paths
 
 
-def evaluation_texts(protocol: Protocol, calibration_source: str) -> set[str]:
+def evaluation_texts(protocol: Protocol) -> set[str]:
     """Names of the texts that perplexity is measured on."""
-    return {*data.HELD_OUT, protocol.perplexity.source} - {calibration_source}
+    return {*data.HELD_OUT, protocol.perplexity.source}
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from suite import data
-from suite.errors import ImpossibleBudget, InputError, NotApplicable
+from suite.errors import ImpossibleBudget, InputError, NotApplicable, WeighinError
 from suite.evaluate.harness import check_task_files, check_tasks
 from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
-from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes
+from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes, check_writable
 from suite.registry import load_plugin, origin
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
 from suite.specs import Budget, CalibrationSpec, HealingSpec, Protocol, RunSpec, Track
@@ -89,12 +89,15 @@ class Grid:
         protocol = Protocol.load(track.protocol)
         check_tasks(protocol)
         spec = CalibrationSpec.parse(track.calibration) if track.calibration else protocol.calibration
-        data.check_text(spec.source)
+        data.check_learnt(spec.source, protocol.perplexity.source)
         pairs = [(Recipe.parse(recipe), Budget.parse(budget)) for recipe, budget in track.pairs()]
         needs = set[str]().union(*(recipe.needs for recipe, _ in pairs))
         healing = training_text(track.healing, protocol) if "training" in needs else None
         self.store.check_writable()
+        if options.keep_checkpoints is not None:
+            check_writable(options.keep_checkpoints, "checkpoint folder", "--keep-checkpoints")
         self.cells: list[Cell] = []
+        known = set[str]()
         for model in track.models:
             source = load.resolve(model)
             anatomy = load.load_anatomy(source)
@@ -114,7 +117,9 @@ class Grid:
                         device=options.device,
                         limit=track.limit,
                     )
-                    self.cells.append(self._cell(run, source, recipe, anatomy))
+                    if run.digest() not in known:  # the same cell may be written in several ways
+                        known.add(run.digest())
+                        self.cells.append(self._cell(run, source, recipe, anatomy))
         self._refuse_hopeless()
         if not all(cell.finished for cell in self.cells):
             check_task_files(protocol, options.data_folder)
@@ -123,6 +128,8 @@ class Grid:
                 texts.add(spec.source)
             if healing is not None:
                 texts.add(healing.source)
+            names = [*(task.name for task in protocol.tasks), *sorted(texts)]
+            data.check_whole(names, track.limit, options.data_folder)
             for text in sorted(texts):
                 data.text(text, options.data_folder)  # from the hub it is fetched now, for all cells
 
@@ -169,7 +176,7 @@ class Grid:
             model_note=source.note,
             family=f"{anatomy.model_type} of {anatomy.vocab_size} tokens",
             dense=_sizes(anatomy),
-            searched=searched,
+            searched=searched or (existing.searched if existing else None),
         )
         cell = Cell(spec, source, record)
         try:
@@ -180,6 +187,9 @@ class Grid:
             self._finish(cell, "not_applicable", Failure(stage="plan", reason=str(error)))
         except ImpossibleBudget as error:
             self._finish(cell, "failed", Failure(stage="plan", reason=f"{spec.model}: {error}"))
+        except Exception as error:  # whatever a method's plan raises: the other cells go on
+            reason = str(error) if isinstance(error, WeighinError) else f"{type(error).__name__}: {error}"
+            self._finish(cell, "failed", Failure(stage="plan", reason=reason))
         return cell
 
     def _refuse_hopeless(self) -> None:
@@ -303,7 +313,9 @@ class Grid:
         record = cell.record
         cell.state = record.status = state
         record.failure = failure
-        self.store.save(record)
+        kept = self.store.find(cell.spec)
+        if kept is None or kept.status != "ok":  # what was measured outlives a later failure
+            self.store.save(record)
 
     def _has_wanted_checkpoint(self, record: Record) -> bool:
         """Whether a finished cell still has the checkpoint that this run was asked to keep."""
@@ -345,12 +357,7 @@ def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
             f"protocol '{protocol.name}' names no text to train on."
             " Give one with --healing NAME:COUNTxLENGTH."
         )
-    data.check_text(spec.source)
-    if spec.source in {*data.HELD_OUT, protocol.perplexity.source}:
-        others = ", ".join(sorted(data.TEXTS.keys() - data.HELD_OUT - {protocol.perplexity.source}))
-        raise InputError(
-            f"'{spec.source}' is what models are scored on, so none is trained on it.  (Others: {others}.)"
-        )
+    data.check_learnt(spec.source, protocol.perplexity.source)
     return spec
 
 

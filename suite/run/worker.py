@@ -96,7 +96,7 @@ def compressed(job: Job, report: Reporter) -> Compressed:
     spec = job.spec
     scored_on = (
         audit.evaluation_paths(job.data_folder),
-        audit.evaluation_texts(spec.protocol, spec.calibration.source),
+        audit.evaluation_texts(spec.protocol),
     )
     with report.stage("plan"), sealed(*scored_on):
         recipe = Recipe.parse(spec.recipe)
@@ -119,6 +119,7 @@ def compressed(job: Job, report: Reporter) -> Compressed:
             seed_everything(spec.seed)
 
         plan = recipe.compress(model, plan, sample, before, lambda: _dense(job))
+    plan.notes(recipe)  # refused here, before anything is measured, if a record cannot keep them
     return model, tokenizer, plan, sample, peak
 
 
@@ -129,6 +130,9 @@ def score_held_back(count: int, job: Job, report: Reporter) -> dict[str, Any]:
     text = calibration.draw_held_back(
         spec.calibration, spec.healing, count, tokenizer, spec.seed, job.data_folder
     )
+    entries = ledger(model)
+    audit.within_budget(spec.budget, load.load_anatomy(job.source), entries)
+    audit.as_planned(plan.final, entries)
     if spec.protocol.dtype != "native":
         model = model.to(getattr(torch, spec.protocol.dtype))
     with report.stage("perplexity"):
@@ -149,9 +153,11 @@ def make_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         ids = _probe_ids(model.config.vocab_size)
         checkpoint.save(model, tokenizer, job.folder)
         checkpoint.save_probe(job.probe, ids, audit.logits_of(model, ids))
+    notes = plan.notes(Recipe.parse(job.spec.recipe)).values()
+    earlier = sum(note.get("seconds_before_resuming", 0.0) for note in notes)
     return {
         "compression": {
-            "seconds": report.seconds["compress"],
+            "seconds": report.seconds["compress"] + earlier,
             "peak_bytes": peak.bytes,
             "peak_how": peak.how,
         },

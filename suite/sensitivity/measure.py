@@ -264,8 +264,8 @@ class Profiler:
         )
 
     def _sealed(self) -> Any:
-        protocol, source = self.spec.protocol, self.spec.calibration.source
-        return seal.sealed(audit.evaluation_paths(self.data_folder), audit.evaluation_texts(protocol, source))
+        texts = audit.evaluation_texts(self.spec.protocol)
+        return seal.sealed(audit.evaluation_paths(self.data_folder), texts)
 
     @cached_property
     def _model(self) -> PreTrainedModel:

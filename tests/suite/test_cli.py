@@ -285,6 +285,11 @@ def test_what_to_install_for_a_method_is_listed(tmp_path: Path) -> None:
     assert found["svd"] == (None, None)
 
 
+def test_inspect_of_a_folder_without_weights_is_refused(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(tiny) / "config.json").read_text())
+    assert_refused(weighin("inspect", str(tmp_path)), "the weights of", "cannot be read")
+
+
 def test_inspect_adds_up_to_the_file(tiny: str) -> None:
     result = json.loads(weighin("inspect", tiny, "--json").stdout)
     assert result["total"]["disk"] == result["total"]["safetensors"]

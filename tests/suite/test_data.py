@@ -108,6 +108,22 @@ def test_the_flag_goes_before_the_environment(tmp_path: Path, monkeypatch: pytes
     assert data.data_directory() is None
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("wikitext2", gzip.compress(b"A whole text that was cut off")[:-9]),
+        ("wikitext2", b"no gzip at all"),
+        ("c4", gzip.compress(b'{"text": "one"}\n{"text": "tw')),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_to_mend_it(folder: Path, name: str, content: bytes) -> None:
+    (path,) = (folder / name).glob("train*")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="weighin data pull fetches it anew") as error:
+        data.text(name, folder)
+    assert str(path) in str(error.value)
+
+
 def test_rows_are_read_from_plain_and_gzipped_files(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"a": "é\u2028\x85"}]
     content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"

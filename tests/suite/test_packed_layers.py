@@ -177,6 +177,14 @@ def test_a_packed_embedding_answers_in_the_dtype_of_the_table_it_replaced() -> N
     assert PackedEmbedding.from_embedding(embedding, 8, 8, True)(torch.tensor([1])).dtype == torch.bfloat16
 
 
+def test_a_packed_embedding_follows_the_dtype_of_its_model() -> None:
+    embedding = PackedEmbedding.from_embedding(nn.Embedding(9, 16, dtype=torch.bfloat16), 8, 16, True)
+    ids = torch.tensor([[1, 2]])
+    assert embedding(ids).dtype == torch.bfloat16
+    assert embedding.float()(ids).dtype == torch.float32
+    assert nn.Sequential(embedding).to(torch.bfloat16)(ids).dtype == torch.bfloat16
+
+
 def test_a_tied_head_multiplies_by_the_packed_table_and_owns_nothing() -> None:
     model = nn.Module()
     model.table = PackedEmbedding.from_embedding(nn.Embedding(7, 6), 4, 3, True)

@@ -42,6 +42,45 @@ def test_a_pulled_task_takes_the_splits_that_are_scored(
     assert len(data.read_jsonl(tmp_path / "piqa" / "validation.jsonl")) == 2
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("suite.pull.hub_rows", lambda *_: [{"text": "one"}])
+    (tmp_path / "alpaca").touch()  # where the folder would be
+    with pytest.raises(InputError, match="cannot be written"):
+        list(pull(tmp_path, ["alpaca"], None))
+
+
+@pytest.mark.parametrize("name", ["c4", "alpaca"])
+def test_a_pulled_text_has_the_rows_that_the_hub_would_give(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def rows(*arguments: Any, limit: int | None = None) -> list[dict[str, str]]:
+        asked.append(limit or arguments[-1])
+        return [{"text": "one"}]
+
+    monkeypatch.setattr("suite.pull.hub_rows", rows)
+    monkeypatch.setattr("suite.data.hub_rows", rows)
+    list(pull(tmp_path, [name], None))
+    data.text(name)
+    assert asked == [2000, 2000]
+
+
+def test_what_was_pulled_in_part_makes_partial_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("suite.pull.hub_rows", lambda *_: WIKI_ROWS)
+    data.check_whole(["wikitext2-test"], None, tmp_path)
+    list(pull(tmp_path, ["wikitext2"], 50))
+    data.check_whole(["piqa", "c4"], None, tmp_path)
+    data.check_whole(["wikitext2-test"], 50, tmp_path)
+    for limit in (None, 51):
+        with pytest.raises(InputError, match=r"only the first 50 rows of .* Run with --limit 50"):
+            data.check_whole(["wikitext2-test"], limit, tmp_path)
+    list(pull(tmp_path, ["wikitext2"], None))
+    data.check_whole(["wikitext2-test"], None, tmp_path)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'wikitext2'"):
         list(pull(tmp_path, ["wikitxt2"], None))

@@ -127,6 +127,13 @@ def test_a_file_that_is_no_record_is_named_and_left_alone(tmp_path: Path, conten
     assert path.read_text() == content
 
 
+def test_a_folder_where_a_record_should_be_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records" / "tiny" / "0123.json"
+    path.mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        RecordStore(tmp_path).all()
+
+
 def test_unknown_fields_of_a_record_are_ignored(tmp_path: Path) -> None:
     store, record = RecordStore(tmp_path), examples.finished()
     path = store.save(record)

@@ -66,12 +66,17 @@ def test_the_best_candidate_is_found_and_a_failing_one_is_recorded(
     plugin = examples.write_plugin(tmp_path, "breaks", "raise RuntimeError('on purpose')")
     from suite.registry import load_plugin
 
-    load_plugin(plugin)
-    search = make("rtn-int8", "breaks+rtn-int8", "rtn-int4", "svd+dense", plugins=(plugin,))
+    lazy = examples.write_plugin(tmp_path, "lazy", "pass")  # promises to drop a block, and does not
+    for path in (plugin, lazy):
+        load_plugin(path)
+    candidates = ("rtn-int8", "breaks+rtn-int8", "lazy+rtn-int8", "rtn-int4", "svd+dense")
+    search = make(*candidates, plugins=(plugin, lazy))
     found = search.run(1200)
     tried = {trial.recipe: trial for trial in found.trials}
     assert {trial.status for trial in found.ranked} == {"ok"}
-    assert set(tried) == {"rtn-int8", "breaks+rtn-int8", "rtn-int4", "svd+dense"}
+    assert set(tried) == set(candidates)
+    assert tried["lazy+rtn-int8"].status == "failed"
+    assert "over budget" in tried["lazy+rtn-int8"].reason
     # Which of the two is better is chance in a random model; the order must be that of what was measured.
     assert {trial.recipe for trial in found.ranked} == {"rtn-int8", "rtn-int4"}
     perplexities = [trial.perplexity for trial in found.ranked]

@@ -67,6 +67,7 @@ def test_none_is_a_budget_without_a_target() -> None:
         ("params=-0.5", "is not a budget"),
         ("params=0.8.1", "'0.8.1' is not a number"),
         ("bytes=64MiBs", "is not a budget"),
+        ("params=1e999", "'1e999' is too large a number"),
         ("parms=0.8", "Did you mean 'params'?"),
         ("byte=0.8", "Did you mean 'bytes'?"),
         ("params=0", "a share must lie in (0, 1]"),
@@ -248,14 +249,33 @@ def test_a_protocol_is_read_from_any_yaml_file(tmp_path: Path) -> None:
         ("", "valid dictionary"),
         ("a: [", "cannot be read"),
         ("\x00", "cannot be read"),
+        ("a: 2024-13-45", "cannot be read"),
+        ("speed: {repeats: 0}", "greater than 0"),
     ],
 )
 def test_a_protocol_file_that_does_not_fit_is_refused(tmp_path: Path, content: str, says: str) -> None:
     file = tmp_path / "mine.yaml"
-    full = named_files("protocol")["smoke"].read_text() if content.startswith("calib") else ""
+    full = named_files("protocol")["smoke"].read_text() if content.startswith(("calib", "speed")) else ""
     file.write_text(full + content)
     with pytest.raises(InputError) as caught:
         Protocol.load(str(file))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("models: []", "at least 1 item"),
+        ("seeds: []", "at least 1 item"),
+        ("seeds: [-1]", "greater than or equal to 0"),
+        ("seeds: [4294967296]", "less than 4294967296"),
+    ],
+)
+def test_a_track_of_nothing_or_of_what_cannot_run_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError) as caught:
+        Track.load(str(file))
     assert says in str(caught.value)
 
 

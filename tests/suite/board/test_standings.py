@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from suite.board import page, tables
-from suite.board.standings import standings
+from suite.board.standings import current, standings
 from suite.errors import InputError
 from suite.records import Noise, Record, RecordStore
 from suite.specs import HealingSpec
@@ -50,6 +50,22 @@ def row(store: RecordStore, recipe: str) -> tables.Row:
 def test_rows_that_are_not_told_apart_share_their_ranks(store: RecordStore) -> None:
     assert row(store, "svd")["rank"] == row(store, "layerchop")["rank"] == (1, 2)
     assert row(store, "random-layers")["rank"] == (3, 3)
+
+
+def test_a_row_of_an_older_version_of_its_method_makes_way_for_the_newer() -> None:
+    old = examples.finished("svd+heal")
+    new = old.model_copy(deep=True)
+    new.spec = old.spec.model_copy(update={"method_versions": ("svd@1", "heal@10")})
+    newest = old.spec.model_copy(update={"method_versions": ("svd@2", "heal@1")})
+    alone = examples.finished("svd", budget="params=0.7")
+    assert current([new, old, alone]) == [new, alone]
+    assert current([old, alone]) == [old, alone]
+    edited = [examples.finished("outside") for _ in range(2)]  # digests of plug-ins have no order
+    for record, digest in zip(edited, ("ab", "cd"), strict=True):
+        record.spec = record.spec.model_copy(update={"method_versions": ("outside@1", digest)})
+    assert current(edited) == edited
+    newer = old.model_copy(update={"spec": newest})
+    assert current([newer, new, old]) == [newer]
 
 
 def test_dense_has_no_rank_and_the_others_their_difference_to_it(store: RecordStore) -> None:

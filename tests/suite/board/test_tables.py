@@ -94,6 +94,17 @@ def test_another_version_of_the_text_is_told(records: list[Record]) -> None:
     assert any("of text 01234567;" in table.notes[-1] for table in found)
 
 
+def test_rows_of_another_version_of_the_text_than_their_table_are_told(records: list[Record]) -> None:
+    assert "2 versions of its text" not in tables.markdown(records)
+    measured = records[1].measurements
+    assert measured is not None
+    text = measured.perplexity.model_copy(update={"tokens_digest": "9876543210"})
+    records[1].measurements = measured.model_copy(update={"perplexity": text})
+    table = next(t for t in tables.tables(records) if t.title.endswith("params=0.8"))
+    (said,) = [note for note in table.notes if "2 versions of its text" in note]
+    assert "98765432: svd" in said
+
+
 def test_partial_rows_never_share_a_table_with_full_ones() -> None:
     full = examples.finished("svd", "params=0.8", params=796)
     partial = examples.finished("layerchop", "params=0.8", params=750, limit=10)

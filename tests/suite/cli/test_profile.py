@@ -80,7 +80,7 @@ def test_an_allocation_can_be_run(profile: Callable[..., Result], tmp_path: Path
         (["--method", "svd", "--strength", "2"], "lies between 0 and 1"),
         (["--method", "svd", "--allocate", "bytes=0.5"], "this profile counts params"),
         (["--method", "svd", "--metric", "accuracy", "--allocate", "params=0.8"], "never tunes on items"),
-        (["--method", "svd", "--calibration", "pydoc-held-out:2x16"], "what boards are scored on"),
+        (["--method", "svd", "--calibration", "pydoc-held-out:2x16"], "what models are scored on"),
         (["--method", "svd", "--calibration", "pydoc:9x60000"], "holds only"),
     ],
 )

@@ -54,7 +54,7 @@ def test_the_best_recipe_and_the_next_command_are_shown(
         (["--budget", "bytes=2"], "(0, 1]"),
         (["--budget", "bytes=0.5", "--time", "soon"], "Use 30m, 2h, 90s or 1h30m"),
         (["--budget", "bytes=0.5", "--recipe", "svdd"], "Did you mean 'svd'?"),
-        (["--budget", "bytes=0.5", "--calibration", "pydoc-held-out:2x16"], "what boards are scored on"),
+        (["--budget", "bytes=0.5", "--calibration", "pydoc-held-out:2x16"], "what models are scored on"),
         (["--budget", "bytes=0.01", "--recipe", "rtn-int4"], "no recipe could be measured"),
     ],
 )

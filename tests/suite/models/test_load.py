@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,14 @@ def test_a_local_folder_is_found_and_its_digest_follows_the_weights(
     assert first.name == "llama"
     assert first.digest != second.digest
     assert load.resolve(str(folder_of("llama"))).digest == first.digest
+    copy = tmp_path / "copy"
+    shutil.copytree(folder_of("llama"), copy)
+    assert load.resolve(str(copy)).digest == first.digest
+    tokenizer = copy / "tokenizer.json"
+    for file, content in ((tokenizer, tokenizer.read_bytes() + b" "), (copy / "pytorch_model.bin", b"x")):
+        before = load.resolve(str(copy)).digest
+        file.write_bytes(content)
+        assert load.resolve(str(copy)).digest != before
 
 
 def test_the_anatomy_is_read_without_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -194,6 +194,69 @@ def test_editing_a_plug_in_makes_its_old_cells_stale(track: Track, tmp_path: Pat
     assert first.cells[1].spec.digest() != second.cells[1].spec.digest()
 
 
+def test_a_later_failure_does_not_take_the_place_of_what_was_measured(track: Track, tmp_path: Path) -> None:
+    track = track.model_copy(update={"recipes": ("rtn-int8",)})
+    searched = {("rtn-int8", "bytes=0.6"): "0123"}
+    first = Grid(track, Options(results=tmp_path / "results"), searched)
+    first.run()
+    path = first.store.path(first.cells[1].spec)
+    before = path.read_bytes()
+    hurried = run(track, tmp_path, keep_checkpoints=tmp_path / "kept", timeout=1e-9)
+    assert [cell.state for cell in hurried.cells] == ["failed", "failed"]
+    assert path.read_bytes() == before
+    again = run(track, tmp_path, keep_checkpoints=tmp_path / "kept")
+    assert [cell.state for cell in again.cells] == ["ok", "ok"]
+    assert [cell.record.searched for cell in again.cells] == [None, "0123"]
+
+
+def test_checkpoints_that_cannot_be_kept_are_refused_before_anything_runs(
+    track: Track, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = Options(results=tmp_path / "results", keep_checkpoints=tmp_path / "file" / "kept")
+    with pytest.raises(InputError, match="--keep-checkpoints"):
+        Grid(track, options)
+
+
+def test_one_cell_written_in_two_ways_is_one_cell(track: Track, tmp_path: Path) -> None:
+    update = {"recipes": ("svd", "svd()"), "budgets": ("bytes=0.6", "bytes=0.60"), "seeds": (0, 0)}
+    grid = Grid(track.model_copy(update=update), Options(results=tmp_path / "results"))
+    assert [(cell.spec.recipe, str(cell.spec.budget)) for cell in grid.cells] == [
+        ("dense", "none"),
+        ("svd", "bytes=0.6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("divides", "ZeroDivisionError: integer division"),
+        ("numbers", "knobs or notes of numbers cannot be kept in a record: Object of type int64"),
+    ],
+)
+def test_a_plan_that_goes_wrong_in_any_way_is_a_row_and_the_others_go_on(
+    recipe: str, said: str, track: Track, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = examples.write_plugin(tmp_path, recipe)
+    text = Path(plugin).read_text()
+    assert text.count("knobs={") == 1
+    wrong = "knobs={'half': 1 // 0, " if recipe == "divides" else "knobs={'half': np.int64(1), "
+    Path(plugin).write_text("import numpy as np\n" + text.replace("knobs={", wrong))
+    track = track.model_copy(update={"recipes": (recipe, "svd"), "budgets": ("params=0.9",)})
+    grid = Grid(track, Options(results=tmp_path / "results", plugins=(plugin,)))
+    assert [cell.state for cell in grid.cells] == ["waiting", "failed", "waiting"]
+    failure = grid.cells[1].record.failure
+    assert failure is not None
+    assert said in failure.reason
+
+
+@pytest.mark.parametrize("text", ["pydoc-held-out:4x16", "wikitext2-test:4x16"])
+def test_what_models_are_scored_on_calibrates_none(text: str, track: Track, tmp_path: Path) -> None:
+    track = track.model_copy(update={"calibration": text})
+    with pytest.raises(InputError, match="is what models are scored on"):
+        Grid(track, Options(results=tmp_path / "results"))
+
+
 def test_a_healed_cell_keeps_what_it_was_trained_on_and_its_loss_curve(track: Track, tmp_path: Path) -> None:
     recipes = ("layerchop", "layerchop+heal(distill=0.5)")
     track = track.model_copy(
