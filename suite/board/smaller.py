@@ -15,7 +15,7 @@ def smaller_dense(reference: Row, references: Sequence[Row], metric: str) -> lis
     counts, "params", "bytes" or "none". They have a size of their own, so they are not ranked.
     """
     alike = [row for row in references if _kin(row) and _kin(row) == _kin(reference)]
-    smaller = [row for row in alike if row["params"] < reference["params"]]
+    smaller = [r for r in alike if r["status"] == "ok" and r["params"] < reference["params"]]
     return [_against(row, reference, metric) for row in sorted(smaller, key=lambda row: -row["params"])]
 
 

@@ -160,7 +160,7 @@ class _Gate:
         asked = Protocol.load(self.settings.protocol) if self.settings.protocol else None
         protocols = [spec.protocol for spec in specs] + ([asked] if asked else [])
         for other in protocols[1:]:
-            if other != protocols[0]:
+            if other.digest() != protocols[0].digest():
                 raise InputError(
                     f"a record of protocol '{protocols[0].name}' and protocol '{other.name}' differ; outcomes"
                     " are compared under an equal protocol only."
