@@ -112,7 +112,8 @@ class BasisSharing(Method[BasisSharingConfig]):
     def _units(self, anatomy: Anatomy, linears: tuple[LinearShape, ...]) -> dict[str, list[LinearShape]]:
         """Linears factorised together, by the path of the one that owns the basis."""
         found: dict[tuple[str, int, int], list[LinearShape]] = {}
-        for line in linears:
+        # In the order they run, which replacing some of them does not keep.
+        for line in sorted(linears, key=lambda line: line.block):
             size = self.config.group if line.role in SHARED_ROLES else 1
             inner = line.path.removeprefix(f"{anatomy.layout.blocks}.{line.block}.")
             found.setdefault((inner, line.block // size, line.in_features), []).append(line)

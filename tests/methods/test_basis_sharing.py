@@ -87,6 +87,21 @@ def test_each_group_of_blocks_stands_on_one_basis_and_the_rest_alone(model: PreT
             assert module._owner[0] is model.get_submodule(owner)
 
 
+def test_the_first_block_of_a_group_owns_its_basis_where_an_earlier_stage_changed_another(
+    llama: PreTrainedModel,
+) -> None:
+    tiny.compress(llama, "llm-pruner(share=0.9,first=0,last=1)+basis-sharing(share=0.8)")
+    borrowed = {
+        path: module._owner[0]
+        for path, module in llama.named_modules()
+        if isinstance(module, BorrowedBasisLinear)
+    }
+    paths = {module: path for path, module in llama.named_modules()}
+    blocks = [(int(paths[owner].split(".")[2]), int(path.split(".")[2])) for path, owner in borrowed.items()]
+    assert blocks
+    assert all(first + 1 == second for first, second in blocks)
+
+
 def test_a_last_group_may_be_shorter() -> None:
     model = tiny.build("llama")
     tiny.compress(model, "basis-sharing(group=3,share=0.6)")
