@@ -30,6 +30,8 @@ Results = Annotated[Path, typer.Option("--results", help="Folder of the records.
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", help="Python file that registers methods. Repeatable.")
 ]
+LARGEST_SEED = 2**32 - 1
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed.")]
 DataDir = Annotated[
     str | None,
     typer.Option("--data-dir", help="Folder with evaluation data (else WEIGHIN_DATA_DIR, else hub)."),

@@ -17,6 +17,7 @@ from suite.cli.common import (
     Json,
     Plugins,
     Results,
+    Seed,
     app,
     console,
     guarded,
@@ -49,7 +50,7 @@ def profile(
         int, typer.Option(min=2, help="Sequences of the calibration's text kept for perplexity.")
     ] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task, for accuracy.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     results: Results = DEFAULT_RESULTS,
     data_dir: DataDir = None,

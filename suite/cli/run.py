@@ -11,10 +11,12 @@ import typer
 
 from suite.cli.common import (
     DEFAULT_RESULTS,
+    LARGEST_SEED,
     DataDir,
     Json,
     Plugins,
     Results,
+    Seed,
     app,
     console,
     guarded,
@@ -41,7 +43,7 @@ def run(
         list[str] | None, typer.Option(help="params=0.8, bytes=0.25, bytes=64MiB or none. Repeatable.")
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="Protocol: its name or a YAML file.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, max=2**32 - 1, help="Seed. Repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed. Repeatable.")] = None,
     calibration: Annotated[str | None, typer.Option(help="NAME:COUNTxLENGTH, e.g. wikitext2:64x512.")] = None,
     healing: Annotated[
         str | None, typer.Option(help="What recipes that train are trained on: NAME:COUNTxLENGTH/BATCH.")
@@ -173,7 +175,7 @@ def plan(
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file or alias.")] = "smollm2-135m",
     budget: Annotated[list[str] | None, typer.Option(help="Budget. Repeatable.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe; all methods when not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed.")] = 0,
+    seed: Seed = 0,
     protocol: Annotated[str, typer.Option(help="Protocol whose resolution is shown.")] = "embedded",
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task, as for a run.")] = None,
     data_dir: DataDir = None,
