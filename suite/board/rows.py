@@ -24,7 +24,7 @@ def rows(records: Sequence[Record], standings: Standings | None = None) -> list[
     dense = {
         (conditions(record), _device(record)): record.measurements
         for record in records
-        if record.spec.recipe == "dense" and record.measurements
+        if record.spec.recipe == "dense" and record.measurements and _together(record) == 1
     }
     standings = standings or {}
     result = [
@@ -116,8 +116,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row["kept_whole"] = True
     if record.searched is not None:
         row["searched"] = record.searched
-    if (together := record.conditions.get("concurrent_cells", 1)) > 1:
-        row["concurrent_cells"] = together
+    if _together(record) > 1:
+        row["concurrent_cells"] = _together(record)
     if simulated is not None:
         row["simulated_share"] = simulated
         if simulated_decode is not None:
@@ -131,8 +131,13 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
 def _device(record: Record) -> str:
     """What speeds were measured on; cells that ran at the same time took it from one another."""
     device = record.conditions.get("device") or record.spec.device
-    together = record.conditions.get("concurrent_cells", 1)
+    together = _together(record)
     return f"{device}, {together} cells at the same time" if together > 1 else device
+
+
+def _together(record: Record) -> int:
+    """Cells that ran at the same time; beside others no speed is fit for a comparison."""
+    return int(record.conditions.get("concurrent_cells", 1))
 
 
 def _hundredths(ratio: float | None) -> int:

@@ -30,10 +30,9 @@ def _against(row: Row, reference: Row, metric: str) -> Row:
         "bytes": row["bytes_disk"] / reference["bytes_disk"],
     }
     speeds = {name: f"{name}_tokens_per_s" for name in ("prefill", "decode", "train")}
-    same_device = row["device"] == reference["device"]
+    alike = row["device"] == reference["device"] and not row.get("concurrent_cells")
     ratios = {
-        f"{name}_ratio": row[speed] / reference[speed] if same_device else None
-        for name, speed in speeds.items()
+        f"{name}_ratio": row[speed] / reference[speed] if alike else None for name, speed in speeds.items()
     }
     changed = {
         "recipe": f"dense {row['model']}",

@@ -61,7 +61,9 @@ def current(records: Sequence[Record]) -> list[Record]:
     """The records without those of an older version of their methods, where there is one of a newer."""
     newest: dict[str, tuple[int, ...]] = {}
     versions = [_versions(record) for record in records]
-    cells = [digest_of(r.spec.model_dump(mode="json", exclude={"method_versions"})) for r in records]
+    # What only healed rows are trained on stands beside the protocol, as in a cell's own digest.
+    unlike: dict[str, Any] = {"method_versions": True, "protocol": {"healing": True}}
+    cells = [digest_of(r.spec.model_dump(mode="json", exclude=unlike)) for r in records]
     for cell, version in zip(cells, versions, strict=True):
         newest[cell] = max(newest.get(cell, ()), version)
     return [

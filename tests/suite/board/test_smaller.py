@@ -52,6 +52,12 @@ def test_a_model_of_another_family_is_no_control(large: list[Record], other: str
     )
 
 
+def test_a_smaller_dense_model_that_failed_is_no_control(large: list[Record]) -> None:
+    failed = large[0].model_copy(update={"status": "failed", "measurements": None}, deep=True)
+    failed.spec = failed.spec.model_copy(update={"model": "other"})
+    assert "dense other" not in tables.markdown([*large, failed])
+
+
 def test_speeds_of_another_kind_of_machine_are_not_compared(large: list[Record]) -> None:
     elsewhere = small(conditions={"device": "another processor"})  # type: ignore[arg-type]
     table = next(t for t in tables.tables([*large, elsewhere]) if t.title.endswith("params=0.8"))

@@ -60,6 +60,9 @@ def test_a_row_of_an_older_version_of_its_method_makes_way_for_the_newer() -> No
     alone = examples.finished("svd", budget="params=0.7")
     assert current([new, old, alone]) == [new, alone]
     assert current([old, alone]) == [old, alone]
+    trained = old.spec.protocol.model_copy(update={"healing": HealingSpec(source="c4", count=2, length=16)})
+    new.spec = new.spec.model_copy(update={"protocol": trained})  # which a cell's digest leaves out, too
+    assert current([new, old]) == [new]
     edited = [examples.finished("outside") for _ in range(2)]  # digests of plug-ins have no order
     for record, digest in zip(edited, ("ab", "cd"), strict=True):
         record.spec = record.spec.model_copy(update={"method_versions": ("outside@1", digest)})

@@ -229,3 +229,6 @@ def test_speeds_of_cells_that_ran_at_the_same_time_are_not_set_against_a_quiet_d
     assert "a processor, 2 cells at the same time: svd" in text
     assert "took from each other and are not compared" in text
     assert "not compared" not in tables.markdown([dense, record("svd", "params=0.8", 1)])
+    both = [record("dense", "none", 2), record("svd", "params=0.8", 2)]
+    assert rows(both)[1]["prefill_ratio"] is None  # nor against a dense row that was disturbed as well
+    assert "×" not in tables.markdown(both).split("params=0.8")[1].split("\n\n-")[0]

@@ -13,7 +13,7 @@ from suite.gate.gate import Settings
 from suite.gate.measured import Measured
 from suite.models import load
 from suite.records import RecordStore
-from suite.specs import Protocol, RunSpec
+from suite.specs import HealingSpec, Protocol, RunSpec
 from tests.suite import examples as cells
 from tests.suite.gate import examples
 from tests.suite.gate.examples import CONDITIONS, flipped, save_checkpoint, save_record
@@ -90,6 +90,15 @@ def test_an_item_whose_text_changed_is_not_taken_for_the_same(tmp_path: Path) ->
     RecordStore(tmp_path / "b").save(RecordStore(tmp_path).read(candidate), rows)
     with pytest.raises(InputError, match="have no match"):
         judge(base, candidate)
+
+
+def test_a_record_from_before_its_protocol_had_a_training_text_is_compared(tmp_path: Path) -> None:
+    text = HealingSpec(source="pydoc", count=2, length=16)
+    trained = examples.PROTOCOL.model_copy(update={"healing": text})
+    assert trained.digest() == examples.PROTOCOL.digest()
+    base = save_record(tmp_path / "a", RIGHT)
+    candidate = save_record(tmp_path / "b", RIGHT, recipe="svd", protocol=trained)
+    assert judge(base, candidate).verdict == "pass"
 
 
 def test_records_of_unequal_protocols_are_refused(tmp_path: Path) -> None:
