@@ -32,7 +32,7 @@ from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
 from suite.records import atomically
-from suite.run.runner import describe_death, end_process, process_context
+from suite.run.processes import describe_death, end_process, process_context
 from suite.run.worker import Job, score_held_back, work
 from suite.specs import Budget, CalibrationSpec, Frozen, HealingSpec, Protocol, RunSpec, digest_of, explain
 
@@ -211,7 +211,7 @@ class Search:
         return self._save(study)
 
     def _check_text(self) -> None:
-        """Draw what is held back once: that a text is too short for it is not for every trial to find out."""
+        """Draw once what is held back: a text too short for it is said before the first trial."""
         spec = self.spec
         tokenizer = load.load_tokenizer(self.source.location)
         draw_held_back(spec.calibration, spec.healing, spec.held_back, tokenizer, spec.seed, self.data_folder)

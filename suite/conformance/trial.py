@@ -39,7 +39,7 @@ from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin, origin
 from suite.run import audit
-from suite.run.runner import process_context
+from suite.run.processes import process_context
 from suite.run.worker import seed_everything
 from suite.seal import sealed
 from suite.specs import Budget

@@ -19,7 +19,7 @@ from suite.measure.memory import peak_memory, resident_memory
 from suite.models import load
 from suite.records import Memory, Throughput
 from suite.registry import load_plugin
-from suite.run.runner import process_context
+from suite.run.processes import process_context
 from suite.specs import SpeedSpec
 
 SPEED_ROUNDS = 15

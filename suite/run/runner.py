@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
 from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes, check_writable
 from suite.registry import load_plugin, origin
+from suite.run.processes import describe_death, end_process, process_context
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
 from suite.specs import Budget, CalibrationSpec, HealingSpec, Protocol, RunSpec, Track
 
@@ -334,15 +332,6 @@ class _CellBroke(Exception):
     """A worker failed; the message becomes the record's reason."""
 
 
-def process_context() -> Any:
-    """Fresh processes. With a fork server the libraries are imported once, not once per process."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["suite.run.preload"])
-    return context
-
-
 def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
     """The text that healed and distilled cells are trained on: the protocol's unless another is given.
 
@@ -388,26 +377,3 @@ def _update(cell: Cell, kind: str, content: Any) -> None:
     else:
         cell.detail, done, total = content
         cell.share_done = (STAGES.index(cell.stage) + done / max(total, 1)) / len(STAGES)
-
-
-def describe_death(process: BaseProcess, log: Path) -> str:
-    """Why a worker is gone without a word: its signal, or its exit code and last line."""
-    code = process.exitcode or 0
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"the worker was killed by {name}{hint}"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    last = f": {lines[-1]}" if lines else ""
-    return f"the worker ended with exit code {code}{last}"
-
-
-def end_process(process: BaseProcess) -> None:
-    """Give a process a moment to leave by itself, then make it."""
-    process.join(0.5)
-    if process.is_alive():
-        process.terminate()
-        process.join(2)
-    if process.is_alive():
-        process.kill()
-        process.join()
