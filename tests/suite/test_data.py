@@ -115,6 +115,7 @@ def test_the_flag_goes_before_the_environment(tmp_path: Path, monkeypatch: pytes
         ("wikitext2", b"no gzip at all"),
         ("c4", gzip.compress(b'{"text": "one"}\n{"text": "tw')),
     ],
+    ids=["cut off", "no gzip", "half a row"],  # gzip's bytes hold the time
 )
 def test_a_damaged_file_is_named_with_the_way_to_mend_it(folder: Path, name: str, content: bytes) -> None:
     (path,) = (folder / name).glob("train*")
