@@ -167,7 +167,7 @@ def _as_bits(values: Tensor) -> Any:
 def _bytes_of(index_format: IndexFormat) -> tuple[Any, Any]:
     """What each byte of an index says of eight weights: which it keeps, as bits, and how many (256 each)."""
     kept = places_by_byte(index_format, torch.device("cpu")).view(torch.uint8).reshape(256, 8)
-    return pack(kept, 1).flatten().numpy(), kept.sum(1).numpy()
+    return pack(kept, 1).flatten().numpy(), kept.sum(1, dtype=torch.uint8).numpy()
 
 
 def _use_threads_of_torch() -> None:
