@@ -28,18 +28,32 @@ def surgery_of(model: nn.Module) -> dict[str, ModuleSpec]:
 
 
 def perform(model: PreTrainedModel, surgery: dict[str, ModuleSpec]) -> None:
-    """Put skeletons of the listed modules into a model whose weights are not loaded yet."""
+    """Put skeletons of the listed modules into a model whose weights are not loaded yet.
+
+    Raises:
+        InputError: a type is unknown, its arguments build no module, or the model lacks a path.
+    """
     for path, spec in surgery.items():
         try:
-            replace(model, path, spec.build(model.dtype))
-        except AttributeError:
-            raise InputError(
-                f"the checkpoint's surgery list names '{path}', which this model lacks."
-            ) from None
-    for module in model.modules():
-        bind = getattr(module, "bind", None)
-        if callable(bind) and spec_of(module) is not None:
-            bind(model)
+            module = spec.build(model.dtype)
+        except Exception as error:  # constructors may fail in any way on what a damaged file holds
+            raise _misfit(path, spec, error) from None
+        try:
+            replace(model, path, module)
+        except (AttributeError, ValueError):
+            raise InputError(f"the surgery list names '{path}', which this model lacks.") from None
+    for path, spec in surgery.items():
+        try:
+            bind = getattr(model.get_submodule(path), "bind", None)
+            if callable(bind):
+                bind(model)
+        except Exception as error:
+            raise _misfit(path, spec, error) from None
+
+
+def _misfit(path: str, spec: ModuleSpec, error: Exception) -> InputError:
+    reason = error if isinstance(error, InputError) else first_line(error)
+    return InputError(f"the surgery list's '{spec.type}' at '{path}' cannot be built: {reason}")
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -58,7 +72,7 @@ def reload(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint in its own dtype, in evaluation mode.
 
     Raises:
-        InputError: its weights are missing or unreadable.
+        InputError: its weights are missing or unreadable, or its surgery list is damaged.
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

@@ -226,8 +226,15 @@ class TiedHead(nn.Module):
         self._table: list[PackedMatrix] = []  # a list hides the module from state_dict()
 
     def bind(self, model: nn.Module) -> None:
-        """Point at the embedding; called once all modules are in place."""
-        self._table = [cast(PackedMatrix, model.get_submodule(self.source))]
+        """Point at the embedding; called once all modules are in place.
+
+        Raises:
+            InputError: what stands there is not packed.
+        """
+        table = model.get_submodule(self.source)
+        if not isinstance(table, PackedMatrix):
+            raise InputError(f"'{self.source}' is not a packed embedding, which a tied head reads.")
+        self._table = [table]
 
     def arguments(self) -> dict[str, Any]:
         return {"source": self.source}

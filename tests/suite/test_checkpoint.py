@@ -166,6 +166,40 @@ def test_a_checkpoint_with_an_unknown_module_type_asks_for_its_plug_in(tmp_path:
         plain(tmp_path)
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+LINEAR = {"in_features": 112, "out_features": 48, "bits": 4, "group": 16}
+
+
+@pytest.mark.parametrize(
+    ("surgery", "reason"),
+    [
+        (None, "no surgery list"),
+        ({}, "no surgery list"),
+        ([DOWN], "no surgery list"),
+        ({DOWN: "packed_linear"}, f"at '{DOWN}': Input should be a valid dictionary"),
+        ({DOWN: {"type": "packed_linear"}}, "'arguments': Field required"),
+        ({DOWN: {"type": "packed_linear", "arguments": {}}}, f"at '{DOWN}' cannot be built: .*missing"),
+        ({DOWN: {"type": "packed_linear", "arguments": LINEAR | {"bits": 5}}}, "5 bits cannot be packed"),
+        ({DOWN: {"type": "packed_linear", "arguments": LINEAR | {"group": 0}}}, "cannot be built: .*zero"),
+        ({DOWN: {"type": "packed_linear", "arguments": LINEAR | {"group": "x"}}}, "cannot be built: "),
+        ({DOWN: {"type": "low_rank", "arguments": LINEAR}}, "'low_rank' .* unexpected keyword"),
+        ({f"{DOWN}.x.y": {"type": "packed_linear", "arguments": LINEAR}}, "which this model lacks"),
+        ({"lm_head": {"type": "tied_head", "arguments": {"source": "x"}}}, "at 'lm_head' cannot be built: "),
+        ({"lm_head": {"type": "tied_head", "arguments": {"source": DOWN}}}, "is not a packed embedding"),
+    ],
+)
+def test_a_damaged_surgery_list_is_refused_in_one_line_that_names_its_file(
+    surgery: object, reason: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tiny.build("llama"), None, tmp_path)
+    file = tmp_path / "config.json"
+    quantization = {"quant_method": "weighin", "surgery": surgery}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    with pytest.raises(InputError, match=f"^'{file}': .*{reason}") as refused:
+        checkpoint.reload(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 def test_outer_modules_come_before_those_inside_them(llama: PreTrainedModel) -> None:
     tiny.compress(llama, "svd(share=0.5)+rtn-int8")
     paths = list(checkpoint.surgery_of(llama))
