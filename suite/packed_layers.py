@@ -101,6 +101,8 @@ class PackedMatrix(nn.Module):
     def dequantize(self, dtype: torch.dtype, rows: Tensor | slice = slice(None)) -> Tensor:
         """The matrix (or the chosen rows of it) in `dtype`."""
         packed, scales = self.packed[rows], self.scales[rows]
+        if len(packed) == 0:  # torch reshapes no rows
+            return torch.empty(0, self.columns, dtype=dtype, device=packed.device)
         rebuilders = kernels.rebuilders(self, len(packed), dtype)
         if rebuilders is not None:
             zeros = None if self.symmetric else self.zeros[rows]

@@ -177,6 +177,14 @@ def test_a_packed_embedding_answers_in_the_dtype_of_the_table_it_replaced() -> N
     assert PackedEmbedding.from_embedding(embedding, 8, 8, True)(torch.tensor([1])).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_packed_embedding_looks_up_no_rows(bits: int, symmetric: bool) -> None:
+    packed = PackedEmbedding.from_embedding(nn.Embedding(9, 20, dtype=torch.bfloat16), bits, 8, symmetric)
+    found = packed(torch.zeros(1, 0, dtype=torch.int64))
+    assert (found.shape, found.dtype) == ((1, 0, 20), torch.bfloat16)
+
+
 def test_a_packed_embedding_follows_the_dtype_of_its_model() -> None:
     embedding = PackedEmbedding.from_embedding(nn.Embedding(9, 16, dtype=torch.bfloat16), 8, 16, True)
     ids = torch.tensor([[1, 2]])
