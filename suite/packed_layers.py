@@ -238,8 +238,13 @@ class TiedHead(nn.Module):
             raise InputError(f"'{self.source}' is not a packed embedding, which a tied head reads.")
         self._table = [table]
 
+    @property
+    def table(self) -> PackedMatrix:
+        """What it reads, once bound."""
+        return self._table[0]
+
     def arguments(self) -> dict[str, Any]:
         return {"source": self.source}
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self._table[0])
+        return kernels.linear(x, self.table)

@@ -109,8 +109,8 @@ class Measurements(Part):
     perplexity: Perplexity
     tasks: tuple[TaskResult, ...]
     simulated_share: float | None = None
-    """Share of the linears' parameters in modules that rebuild dense weights for each call; None in
-    records from before this was measured."""
+    """Share of the parameters of linears and packed head that are rebuilt dense for each call; None in
+    records from before this was measured. Older ones leave the head out."""
     simulated_decode_share: float | None = None
     """The same for the calls of decoding, for which packed linears may have a kernel."""
 

@@ -17,14 +17,17 @@ from suite.dynamic_layers import DynamicInt8Linear
 from suite.measure.ledger import Entry
 from suite.models.anatomy import decoder_params
 from suite.models.layouts import Layout
-from suite.packed_layers import PackedMatrix
+from suite.packed_layers import PackedMatrix, TiedHead
 from suite.sparse_layers import SparseLinear
 
 
-def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int) -> float:
-    """Share of the parameters of the blocks' linears in modules with a truthy attribute `simulated`.
+def simulated_share(
+    model: PreTrainedModel, entries: tuple[Entry, ...], layout: Layout, rows: int, head_rows: int
+) -> float:
+    """Share of the parameters of linears, a packed head among them, in modules that imitate.
 
-    Linears do not count whose products of so many `rows` took a kernel so far.
+    Those are packed and sparse ones, and any with a truthy attribute `simulated`. They do not count
+    whose products of so many `rows` (the head's: of `head_rows`) took a kernel so far.
     """
 
     def imitates(module: nn.Module) -> bool:
@@ -34,8 +37,13 @@ def simulated_share(model: PreTrainedModel, entries: tuple[Entry, ...], layout: 
         return bool(getattr(module, "simulated", False))
 
     marked = [path for path, module in model.named_modules() if imitates(module)]
-    if not marked:
-        return 0.0
     inside = re.compile("(?:" + "|".join(map(re.escape, marked)) + r")(?:\.|$)")
-    simulated = tuple(entry for entry in entries if inside.match(entry.path))
-    return decoder_params(simulated, layout) / max(decoder_params(entries, layout), 1)
+    imitating = tuple(entry for entry in entries if marked and inside.match(entry.path))
+    simulated, total = decoder_params(imitating, layout), decoder_params(entries, layout)
+    head = model.get_submodule(layout.head)
+    table = head.table if isinstance(head, TiedHead) else head
+    if isinstance(table, PackedMatrix):
+        total += table.logical_parameters
+        if kernels.rebuilds(table, head_rows, model.dtype, model.device):
+            simulated += table.logical_parameters
+    return simulated / max(total, 1)

@@ -183,8 +183,8 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
         decode = speed.decode(model, protocol.speed)
         shapes, layout = protocol.speed, layout_of(model.config)
         together = shapes.prefill_batch * shapes.prefill_length
-        simulated = simulated_share(model, entries, layout, rows=together)
-        simulated_decode = simulated_share(model, entries, layout, rows=1)
+        simulated = simulated_share(model, entries, layout, together, shapes.prefill_batch)
+        simulated_decode = simulated_share(model, entries, layout, 1, 1)
     if protocol.dtype != "native":
         model = model.to(getattr(torch, protocol.dtype))
     with report.stage("perplexity"):

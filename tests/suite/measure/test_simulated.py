@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from suite import kernels
 from suite.conformance import tiny
 from suite.measure.ledger import ledger
 from suite.measure.simulated import simulated_share
-from suite.models.anatomy import anatomy_of
+from suite.models.anatomy import anatomy_of, decoder_params
 from suite.models.layouts import layout_of
 
 
 def share(model: tiny.PreTrainedModel) -> float:
-    return simulated_share(model, ledger(model), layout_of(model.config), rows=64)
+    return simulated_share(model, ledger(model), layout_of(model.config), 64, 64)
 
 
 def test_a_dense_or_factorised_model_simulates_nothing(family: str) -> None:
@@ -42,11 +43,11 @@ def test_linears_do_not_count_for_rows_that_a_kernel_takes(
     tiny.compress(model, recipe)
     entries, layout = ledger(model), layout_of(model.config)
     kernels.forget()
-    assert simulated_share(model, entries, layout, rows=1) == 1
+    assert simulated_share(model, entries, layout, 1, 1) == 1
     monkeypatch.setattr(kernels, "_measure", lambda calls, probe: path)
     tiny.logits_of(model, tiny.token_ids(1, 1))
-    assert simulated_share(model, entries, layout, rows=1) == expected
-    assert simulated_share(model, entries, layout, rows=64) == 1
+    assert simulated_share(model, entries, layout, 1, 1) == expected
+    assert simulated_share(model, entries, layout, 64, 64) == 1
     kernels.forget()
 
 
@@ -56,9 +57,29 @@ def test_a_product_of_integers_is_none_of_rebuilt_weights(tokens: int) -> None:
     tiny.compress(model, "int8-dynamic")
     entries, layout = ledger(model), layout_of(model.config)
     kernels.forget()
-    assert simulated_share(model, entries, layout, rows=tokens) == 1
+    assert simulated_share(model, entries, layout, tokens, tokens) == 1
     tiny.logits_of(model, tiny.token_ids(1, tokens))
-    assert simulated_share(model, entries, layout, rows=tokens) == 0
+    assert simulated_share(model, entries, layout, tokens, tokens) == 0
+    kernels.forget()
+
+
+@pytest.mark.parametrize("path", [kernels.REFERENCE, kernels.COMPILED])
+def test_a_packed_head_counts_as_its_own_rows_are_multiplied(
+    family: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build(family)
+    tiny.compress(model, "rtn-int8(embedding=8)")
+    entries, layout = ledger(model), layout_of(model.config)
+    blocks = decoder_params(entries, layout)
+    head = model.config.vocab_size * model.config.hidden_size
+    kernels.forget()
+    monkeypatch.setattr(kernels, "_measure", lambda calls, probe: path)
+    head_of = model.get_submodule(layout.head)
+    with torch.inference_mode():
+        head_of(torch.zeros(1, 1, model.config.hidden_size))
+    expected = 1 if path == kernels.REFERENCE else blocks / (blocks + head)
+    assert simulated_share(model, entries, layout, 64, 1) == pytest.approx(expected, abs=0.05)
+    assert simulated_share(model, entries, layout, 64, 64) == pytest.approx(1, abs=0.05)
     kernels.forget()
 
 
