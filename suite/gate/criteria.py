@@ -89,6 +89,16 @@ def plain_ratio(
     return Criterion(name=name, verdict=verdict, text=text, limit=limit, estimate=ratio)
 
 
+def not_compared(name: str, what: str, limit: float, unlike: str) -> Criterion:
+    """The verdict on two figures that machines of different kinds gave: neither good nor bad."""
+    reason = (
+        f"the two records were measured under other conditions ({unlike}); give the checkpoints or models"
+        " themselves to have both measured here"
+    )
+    text = f"{what} is not compared, limit {limit:g} ×"
+    return Criterion(name=name, verdict="inconclusive", text=text, limit=limit, reason=reason)
+
+
 def judge_ratios(ratios: Sequence[float], phase: Phase, limit: float, alpha: float) -> Criterion:
     """The verdict on paired throughput ratios (one per round)."""
     ordered = sorted(ratios)

@@ -286,12 +286,19 @@ class _Gate:
         return float(stored_bytes(source))
 
     def _memory(self, limit: float) -> Criterion:
-        """Both from records, or both measured now, in fresh processes."""
+        """Both from records made on like machines, or both measured now, in fresh processes."""
         pair = (self.base, self.candidate)
-        recorded = [o.record.measurements for o in self.outcomes.values() if isinstance(o, Recorded)]
+        records = [o.record for o in self.outcomes.values() if isinstance(o, Recorded)]
+        recorded = [record.measurements.memory for record in records if record.measurements]
         memory: list[Memory]
-        if len(recorded) == 2 and all(recorded):
-            memory = [part.memory for part in recorded if part]
+        if len(recorded) == 2:
+            memory = recorded
+            unlike = sides.differences(records[0].conditions, records[1].conditions)
+            unlike = [what for what in unlike if what.startswith(("device ", "threads "))]
+            if memory[0].how != memory[1].how:
+                unlike.append(f"{memory[0].how} → {memory[1].how}")
+            if unlike:
+                return criteria.not_compared("max-memory-ratio", "peak memory", limit, ", ".join(unlike))
         else:
             from suite.gate.cost import measure_memory
 

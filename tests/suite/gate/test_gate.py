@@ -12,7 +12,7 @@ from suite.gate import gate, measured, sequential, sides
 from suite.gate.gate import Settings
 from suite.gate.measured import Measured
 from suite.models import load
-from suite.records import RecordStore
+from suite.records import Memory, RecordStore
 from suite.specs import HealingSpec, Protocol, RunSpec
 from tests.suite import examples as cells
 from tests.suite.gate import examples
@@ -282,6 +282,19 @@ def test_memory_of_two_records_is_read_from_them(tmp_path: Path) -> None:
     base = save_record(tmp_path / "a", RIGHT)
     report = judge(base, save_record(tmp_path / "b", RIGHT, "svd"), max_drop=None, max_memory_ratio=1.0)
     assert report.criteria[0].estimate == 1.0
+
+
+@pytest.mark.parametrize("other", [{"device": "another"}, {"threads": 8}, {}])
+def test_memory_of_unlike_machines_is_not_compared(tmp_path: Path, other: dict[str, object]) -> None:
+    base = save_record(tmp_path / "a", RIGHT)
+    less = cells.measurements(1000).model_copy(
+        update={"memory": Memory(load=1, inference=2, how="test" if other else "another way")}
+    )
+    candidate = save_record(tmp_path / "b", RIGHT, "svd", measurements=less, conditions=CONDITIONS | other)
+    report = judge(base, candidate, max_drop=None, max_memory_ratio=1.0)
+    assert report.verdict == "inconclusive"
+    assert "peak memory is not compared" in report.criteria[0].text
+    assert "another" in report.criteria[0].reason or "threads 1 → 8" in report.criteria[0].reason
 
 
 def test_the_share_of_alpha_falls_with_every_criterion_that_can_err(tmp_path: Path) -> None:
