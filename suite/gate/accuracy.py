@@ -53,8 +53,13 @@ class Accuracy:
         """`outcomes` of "baseline" and "candidate". A side that is measured says which items there are.
 
         Raises:
-            InputError: a task has no items.
+            InputError: a protocol without tasks, or a task without items.
         """
+        if not protocol.tasks:
+            raise InputError(
+                f"protocol '{protocol.name}' has no tasks, so there is no accuracy to judge by --max-drop;"
+                " give --max-perplexity-ratio, for example 1.05, in its place."
+            )
         self.outcomes = outcomes
         self.leading = "baseline" if isinstance(outcomes["candidate"], Recorded) else "candidate"
         self._specs = {task.name: task for task in protocol.tasks}

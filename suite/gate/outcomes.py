@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,31 @@ class Recorded:
     """Outcomes that a record holds."""
 
     def __init__(self, record: Record, file: Path):
-        """`file` holds the outcomes.
+        """`file` holds the outcomes; it is read when they are asked for, as not every protocol has any."""
+        self.record, self.file = record, file
+
+    @functools.cached_property
+    def by_task(self) -> dict[str, list[Row]]:
+        """Rows by task.
 
         Raises:
-            InputError: it is missing or not of this shape.
+            InputError: the file is missing or not of this shape.
         """
-        self.record = record
         try:
-            table = pd.read_parquet(file)[COLUMNS]
+            table = pd.read_parquet(self.file)[COLUMNS]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"the item outcomes of record {record.id} cannot be read from '{file}'"
+                f"the item outcomes of record {self.record.id} cannot be read from '{self.file}'"
                 f" ({type(error).__name__}). Run the cell again with: weighin run"
             ) from None
-        self.by_task: dict[str, list[Row]] = {}
+        found: dict[str, list[Row]] = {}
         for row in table.to_dict("records"):
-            self.by_task.setdefault(row["task"], []).append({str(name): row[name] for name in row})
-        self._by_key = {key_of(row): row for rows in self.by_task.values() for row in rows}
+            found.setdefault(row["task"], []).append({str(name): row[name] for name in row})
+        return found
+
+    @functools.cached_property
+    def _by_key(self) -> dict[Key, Row]:
+        return {key_of(row): row for rows in self.by_task.values() for row in rows}
 
     def matching(self, rows: Sequence[Row]) -> list[Row]:
         """This record's row for each of the other side's rows.

@@ -361,6 +361,25 @@ def test_a_folder_must_hold_exactly_one_fitting_record(tmp_path: Path) -> None:
         judge(tmp_path / "empty", base)
 
 
+def test_a_protocol_of_perplexity_alone_needs_no_items_and_knows_no_drop(tmp_path: Path) -> None:
+    alone = examples.PROTOCOL.model_copy(update={"name": "alone", "tasks": ()})
+    perplexity = cells.measurements(1000).perplexity
+    windows = perplexity.model_copy(update={"window_nlls": (45.0, 46.0, 44.0), "tokens": 45})
+    fields = {
+        "protocol": alone,
+        "measurements": cells.measurements(1000).model_copy(update={"perplexity": windows, "tasks": ()}),
+    }
+    base = save_record(tmp_path / "a", {}, **fields)
+    candidate = save_record(tmp_path / "b", {}, "svd", **fields)
+    assert not list(tmp_path.rglob("*.parquet"))
+    report = judge(base, candidate, max_drop=None, max_perplexity_ratio=1.1)
+    assert report.verdict == "pass"
+    assert report.items_available == 0
+    for default in ({}, {"max_drop": None}):
+        with pytest.raises(InputError, match=r"'alone' has no tasks.*give --max-perplexity-ratio"):
+            judge(base, candidate, **default)
+
+
 def test_a_failed_record_or_one_without_outcomes_is_refused(tmp_path: Path) -> None:
     broken = RecordStore(tmp_path / "a").save(cells.failed())
     good = save_record(tmp_path / "b", RIGHT)
