@@ -57,8 +57,11 @@ def perplexity_ratio(base: Perplexity, candidate: Perplexity, limit: float, alph
     per_window = base.tokens / windows
     gaps = (np.array(candidate.window_nlls) - np.array(base.window_nlls)) / per_window
     if not np.isfinite(gaps).all():
-        text = f"perplexity of the candidate is not finite (limit {limit:g} ×)"
-        return Criterion(name="max-perplexity-ratio", verdict="fail", text=text, limit=limit, alpha=alpha)
+        # Beside a broken baseline nothing can be said of the candidate, good or bad.
+        sound = bool(np.isfinite(base.window_nlls).all())
+        text = f"perplexity of the {'candidate' if sound else 'baseline'} is not finite (limit {limit:g} ×)"
+        broken: Verdict = "fail" if sound else "inconclusive"
+        return Criterion(name="max-perplexity-ratio", verdict=broken, text=text, limit=limit, alpha=alpha)
     mean, error = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(windows)
     reach = float(stats.t.ppf(1 - alpha, windows - 1)) * error
     low, ratio, high = (_exp(mean + offset) for offset in (-reach, 0.0, reach))

@@ -62,6 +62,14 @@ def test_equal_perplexities_pass_and_broken_ones_fail() -> None:
     assert math.isfinite(criteria.perplexity_ratio(base, hopeless, limit=1.05, alpha=0.05).estimate or 0)
 
 
+@pytest.mark.parametrize("other", [3.0, math.nan])
+def test_a_broken_baseline_is_not_blamed_on_the_candidate(other: float) -> None:
+    broken, candidate = perplexity(np.full(4, math.inf)), perplexity(np.full(4, other))
+    found = criteria.perplexity_ratio(broken, candidate, limit=1.05, alpha=0.05)
+    assert found.verdict == "inconclusive"
+    assert "of the baseline is not finite" in found.text
+
+
 def test_perplexities_of_other_tokens_are_not_compared() -> None:
     base, _ = windows(4, 1.0, 0.0)
     with pytest.raises(InputError, match="different tokens"):
