@@ -201,6 +201,8 @@ class Recipe:
             yielding = shaping if len(shaping) > 1 else ()
             wanted = {**dict(zip(shaping, asked, strict=True)), last: aim}
             plan = self._chain(anatomy, wanted, seed, yielding)
+            if not target.fits(plan.final):  # a last stage with knobs of its own plans no smaller
+                raise ImpossibleBudget(plan.final.size(target.metric), "the knobs given decide the size")
             targets = tuple(target if given is aim else given for given in plan.targets)
             return replace(plan, targets=targets)
 

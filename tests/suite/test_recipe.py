@@ -279,6 +279,22 @@ def test_stages_with_knobs_of_their_own_keep_to_them_and_others_make_up(family: 
         assert 0.98 * target < plan.final.bytes <= target
 
 
+@pytest.mark.parametrize("recipe", ["slicegpt+asvd(share=0.9)", "svd+layerchop(remove=1)"])
+def test_stages_before_a_last_one_with_knobs_of_its_own_make_up_for_it(family: str, recipe: str) -> None:
+    target = Budget.parse("params=0.6").target(tiny.anatomy(family).params)
+    plan = plan_for(recipe, family, "params=0.6")
+    knobs = Recipe.parse(recipe).stages[1].config.model_dump(exclude_unset=True)
+    assert knobs.items() <= plan.stages[1].knobs.items()
+    assert 0.95 * target < plan.final.params <= target
+
+
+def test_knobs_of_every_stage_that_miss_the_budget_are_refused_with_the_size_they_reach() -> None:
+    recipe = "slicegpt(width=40)+svd(share=0.8)"
+    with pytest.raises(ImpossibleBudget, match="the knobs given decide the size") as caught:
+        plan_for(recipe, "llama", "params=0.3")
+    assert caught.value.smallest == plan_for(recipe, "llama", "none").final.params
+
+
 @pytest.mark.parametrize("recipe", ["rtn-int8+svd", "rtn-int8+heal", "rtn-int4+layerchop+svd"])
 def test_a_method_that_needs_dense_weights_cannot_follow_a_quantizer(recipe: str) -> None:
     with pytest.raises(InputError, match="Put the quantizer last"):
