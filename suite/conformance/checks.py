@@ -255,9 +255,9 @@ def cache_equals_no_cache(reloaded: Reloaded) -> str:
 @check("no state between calls", "reload")
 def stateless(reloaded: Reloaded) -> str:
     """The same input gives the same logits after other inputs."""
-    first = tiny.logits_of(reloaded.model, _ids(reloaded))
-    tiny.logits_of(reloaded.model, tiny.token_ids(1, 5, seed=9).to(reloaded.model.device))
-    gap = (first - tiny.logits_of(reloaded.model, _ids(reloaded))).abs().max()
+    first = tiny.logits_of(reloaded.model)
+    tiny.logits_of(reloaded.model, tiny.token_ids(1, 5, seed=9))
+    gap = (first - tiny.logits_of(reloaded.model)).abs().max()
     if gap > 0:
         raise CellFailed(f"a module keeps state between calls: the same input's logits moved by {gap:.3g}")
     return ""
@@ -326,7 +326,7 @@ def not_slow(reloaded: Reloaded) -> str:
     The shortest of a few forwards is taken: what else the machine does only ever adds time.
     """
     dense = load.load_model(reloaded.source, str(reloaded.model.device))
-    ids = tiny.token_ids(4, 64).to(reloaded.model.device)
+    ids = tiny.token_ids(4, 64)
     seconds: dict[PreTrainedModel, list[float]] = {dense: [], reloaded.model: []}
     for _ in range(7):
         for model, taken in seconds.items():

@@ -139,14 +139,15 @@ def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
-    """Logits on a few tokens."""
-    logits: Tensor = model(token_ids() if ids is None else ids, use_cache=False).logits
+    """Logits on a few tokens, which follow the model to its device."""
+    ids = (token_ids() if ids is None else ids).to(model.device)
+    logits: Tensor = model(ids, use_cache=False).logits
     return logits
 
 
 def greedy(model: PreTrainedModel, *, use_cache: bool, new: int = 6) -> Tensor:
     """Greedy generation of `new` tokens after a fixed prompt of one sequence."""
-    prompt = token_ids(1, 7, seed=3)
+    prompt = token_ids(1, 7, seed=3).to(model.device)
     generator: Any = model
     out: Tensor = generator.generate(
         prompt,

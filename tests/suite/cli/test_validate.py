@@ -12,6 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from suite.cli import app
+from suite.conformance import ranking
+from suite.conformance.trial import Examination
 from tests.suite import examples
 
 
@@ -54,6 +56,18 @@ def test_a_wrong_budget_or_protocol_is_refused_before_any_check_runs(
     assert "Did you mean 'params'" in refusal(weighin("validate", "svd", *model, "--budget", "parms=0.8"))
     assert "Did you mean 'embedded'" in refusal(weighin("validate", "svd", *model, "--protocol", "embeded"))
     assert "Did you mean 'layerchop'" in refusal(weighin("validate", "svd", *model, "--against", "layerchp"))
+    assert "'quick' has no tasks" in refusal(weighin("validate", "svd", *model, "--protocol", "quick"))
+
+
+@pytest.mark.parametrize(("failed", "code"), [({"svd": "measure: killed"}, 3), ({"rom": "killed"}, 0)])
+def test_the_exit_code_tells_whether_the_method_s_own_cell_failed(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, failed: dict[str, str], code: int
+) -> None:
+    entry = ranking.Ranking("params=0.8", "tiny", "embedded", 0, None, None, 1, (), failed)
+    monkeypatch.setattr("suite.conformance.trial.examine", lambda subject: Examination(subject, (), 0))
+    monkeypatch.setattr(ranking, "rank", lambda *_: [entry])
+    result = weighin("validate", "svd", "--model", str(folder_of("llama")))
+    assert result.exit_code == code, result.output
 
 
 @pytest.mark.slow
