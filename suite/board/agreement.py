@@ -35,19 +35,22 @@ class Agreement:
 def agreements(rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
     """Every pair of protocols with at least four finished compressed cells in common, by model.
 
-    `rows` are those of `suite.board.tables.rows`. A cell is a recipe at a budget under a seed; each
-    protocol brings its own calibration text.
+    `rows` are those of `suite.board.tables.rows`. A cell is a recipe at a budget under a seed, once where
+    two budgets lead to one checkpoint; each protocol brings its own calibration text. The same protocol on
+    two devices is no two protocols.
     """
     scores: dict[str, dict[str, dict[tuple[Any, ...], float]]] = {}
+    names: dict[str, str] = {}
     for row in rows:
-        if row["accuracy"] is not None and row["recipe"] != "dense":
+        names[row["protocol"]] = row["protocol_name"]
+        if row["accuracy"] is not None and row["recipe"] != "dense" and not row.get("measured_at"):
             cell = (row["recipe"], row["budget"], row["seed"], row["healing_tokens"])
             scores.setdefault(row["model"], {}).setdefault(row["protocol"], {})[cell] = row["accuracy"]
     found = []
     for model, by_protocol in scores.items():
         for one, other in combinations(sorted(by_protocol), 2):
             common = sorted(by_protocol[one].keys() & by_protocol[other].keys())
-            if len(common) < FEWEST_CELLS:
+            if names[one] == names[other] or len(common) < FEWEST_CELLS:
                 continue
             tau, p_value = kendalltau(
                 [by_protocol[one][cell] for cell in common], [by_protocol[other][cell] for cell in common]

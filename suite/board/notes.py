@@ -69,12 +69,12 @@ def notes(members: Sequence[Row], has_dense: bool) -> tuple[str, ...]:
 
 def _speed_notes(members: Sequence[Row]) -> list[str]:
     lines = []
-    simulated = [row for row in members if row.get("simulated_share")]
+    simulated = [f"{label(row)} ({share})" for row in members if (share := _simulated(row))]
     if simulated:
-        shares = ", ".join(f"{label(row)} {100 * row['simulated_share']:.0f} %" for row in simulated)
+        shares = ", ".join(simulated)
         lines.append(
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
-            f" that of the imitation and is not compared: {shares}"
+            f" that of the imitation and has no ratio: {shares}"
         )
     if any(row.get("concurrent_cells") for row in members):
         lines.append(
@@ -86,6 +86,16 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
         named = ", ".join(f"{label(row)} ({' and '.join(row['slower_than_dense'])})" for row in slower)
         lines.append(f"slower than dense, measured on the same device and at the same batch: {named}")
     return lines
+
+
+def _simulated(row: Row) -> str:
+    """The shares that rebuild dense weights: one for both speeds, or that of each where they differ."""
+    both = row.get("simulated_share") or 0.0
+    decode = row.get("simulated_decode_share")
+    if decode is None or decode == both:
+        return f"{100 * both:.0f} %" if both else ""
+    named = {"prefill": both, "decode": decode}
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items() if share)
 
 
 def _device_notes(members: Sequence[Row]) -> list[str]:

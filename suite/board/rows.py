@@ -9,7 +9,7 @@ from typing import Any
 
 from suite.board.notes import Row
 from suite.board.standings import Standing, Standings, conditions, contest, setting
-from suite.records import Measurements, Record
+from suite.records import Measurements, Record, TaskResult
 
 _Z95 = 1.959963984540054
 
@@ -54,6 +54,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
     simulated = m.simulated_share if m else None
     simulated_decode = m.simulated_decode_share if m else None
     partly_trained = m is not None and m.trainable_params < m.sizes.params
+    # Older records of packed weights do not say whether they were rebuilt for each call.
+    untold = partly_trained and simulated is None
     row: Row = {
         "model": spec.model,
         "method": "+".join(version.partition("@")[0] for version in spec.method_versions if "@" in version),
@@ -84,9 +86,9 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         "budget": str(budget),
         "unused": 1 - achieved / target if achieved is not None and target else None,
         "bytes_ratio": sizes.bytes_disk / record.dense.bytes_disk if sizes else None,
-        "prefill_ratio": None if simulated else _ratio(m, dense, "prefill"),
+        "prefill_ratio": None if untold or simulated else _ratio(m, dense, "prefill"),
         "decode_ratio": None
-        if (simulated if simulated_decode is None else simulated_decode)
+        if untold or (simulated if simulated_decode is None else simulated_decode)
         else _ratio(m, dense, "decode"),
         "train_ratio": None if simulated or partly_trained else _ratio(m, dense, "training"),
         "load_memory_bytes": m.memory.load if m else None,
@@ -131,6 +133,9 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
 def _device(record: Record) -> str:
     """What speeds were measured on; cells that ran at the same time took it from one another."""
     device = record.conditions.get("device") or record.spec.device
+    threads = record.conditions.get("threads")
+    if threads and record.spec.device == "cpu":
+        device += f", {threads} thread{'s' if threads > 1 else ''}"
     together = _together(record)
     return f"{device}, {together} cells at the same time" if together > 1 else device
 
@@ -150,8 +155,15 @@ def _mean_accuracy(m: Measurements | None) -> tuple[float | None, tuple[float, f
     if m is None or not m.tasks:
         return None, None
     mean = sum(task.value for task in m.tasks) / len(m.tasks)
-    half = _Z95 * math.sqrt(sum(task.standard_error**2 for task in m.tasks)) / len(m.tasks)
+    half = _Z95 * math.sqrt(sum(_variance(task) for task in m.tasks)) / len(m.tasks)
     return mean, (mean - half, mean + half)
+
+
+def _variance(task: TaskResult) -> float:
+    """Of a share of right answers, with four pseudo-items (Agresti & Coull, 1998): never 0."""
+    items = task.items + 4
+    share = (task.value * task.items + 2) / items
+    return share * (1 - share) / items
 
 
 def _around(middle: float | None, half: float | None) -> tuple[float, float] | None:
@@ -174,6 +186,12 @@ def _protocol_label(record: Record) -> str:
     return label if spec.device == "cpu" else f"{label} · {spec.device}"
 
 
+def _perplexity(row: Row) -> float:
+    """What rows without accuracy are ordered by; no number is the worst."""
+    value = row["perplexity"]
+    return math.inf if row["accuracy"] is not None or value is None or math.isnan(value) else value
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     metric = {"none": 0, "params": 1, "bytes": 2}[row["budget_metric"]]
     status = {"ok": 0, "failed": 1, "not_applicable": 2}[row["status"]]
@@ -187,7 +205,7 @@ def _order(row: Row) -> tuple[Any, ...]:
         row["healing_tokens"],
         status,
         -(row["accuracy"] or 0),
-        math.inf if row["accuracy"] is not None or row["perplexity"] is None else row["perplexity"],
+        _perplexity(row),
         row["recipe"],
         row["seed"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def noise_floor(
 
     `first` is what the first run gave: its item rows and perplexity. Multiple-choice tasks only, at
     most 200 items each: generation takes minutes, and these say how large the rounding is. Where a task
-    has more items than that, they also share their batches with others than in the first run.
+    has more items than that, those 200 are scored once more as in the first run, so that the items they
+    share their batches with stay the same.
     """
     from suite.evaluate.model import usual_tokens_per_batch  # lm-eval takes seconds to import
 
@@ -41,9 +43,16 @@ def noise_floor(
     limit = min(limit or ITEMS_PER_TASK, ITEMS_PER_TASK)
     usual = protocol.tokens_per_batch or usual_tokens_per_batch(model.device)
 
+    def scored_as(other: Protocol) -> list[dict[str, Any]]:
+        return harness.evaluate(model, tokenizer, other, folder=folder, limit=limit)[1]
+
+    counts = Counter(row["subtask"] for row in rows if row["task"] in scored)
+    if counts and max(counts.values()) > limit:
+        rows = scored_as(protocol)
+
     def again(changed: str, **update: Any) -> Noise:
         other = protocol.model_copy(update=update)
-        _, again_rows = harness.evaluate(model, tokenizer, other, folder=folder, limit=limit)
+        again_rows = scored_as(other)
         keys = {(row["subtask"], row["item"]) for row in again_rows}
         same = [row for row in rows if (row["subtask"], row["item"]) in keys]
         batch = perplexity.BATCH_SIZE // 2 if update else perplexity.BATCH_SIZE

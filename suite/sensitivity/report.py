@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from scipy.stats import spearmanr
 
@@ -26,7 +27,7 @@ class Trend(Frozen):
     blocks: int
     correlation: float
     p_value: float
-    """Two-sided, against no monotone relation."""
+    """Two-sided, against no monotone relation; adjusted for all trends of the profile (Holm, 1979)."""
 
     def sentence(self) -> str:
         """The answer to "are deeper blocks more compressible here?"."""
@@ -60,7 +61,10 @@ def over_depth(
 
 
 def trends(profile: Profile, parts: Sequence[Part], strengths: Sequence[float]) -> list[Trend]:
-    """One trend per strength, and per role where linears were profiled one by one."""
+    """One trend per strength, and per role where linears were profiled one by one.
+
+    Their p-values hold together: they are adjusted by Holm's procedure.
+    """
     roles = [None, *_roles(parts)] if profile.spec.by == "linear" else [None]
     found = []
     for strength in strengths:
@@ -79,7 +83,17 @@ def trends(profile: Profile, parts: Sequence[Part], strengths: Sequence[float]) 
                         p_value=float(result.pvalue),
                     )
                 )
-    return found
+    adjusted = _holm([trend.p_value for trend in found])
+    return [trend.model_copy(update={"p_value": value}) for trend, value in zip(found, adjusted, strict=True)]
+
+
+def _holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: the smallest times their number, the next times one less, none below the last."""
+    order = np.argsort(p_values, kind="stable")
+    factors = len(order) - np.arange(len(order))
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, factors * np.asarray(p_values)[order]))
+    return [float(value) for value in adjusted]
 
 
 def tables(profile: Profile, parts: Sequence[Part], strengths: Sequence[float]) -> list[Table]:

@@ -11,7 +11,8 @@ from suite.board.agreement import agreements
 
 def row(protocol: str, recipe: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
     plain = {"model": "m", "budget": "params=0.8", "seed": 0, "healing_tokens": 0}
-    return plain | {"protocol": protocol, "recipe": recipe, "accuracy": accuracy} | fields
+    named = {"protocol": protocol, "protocol_name": protocol.split(" ")[0]}
+    return plain | named | {"recipe": recipe, "accuracy": accuracy} | fields
 
 
 def board(protocol: str, accuracies: dict[str, float]) -> list[dict[str, Any]]:
@@ -36,6 +37,18 @@ def test_dense_unfinished_and_unshared_cells_do_not_count() -> None:
         row("standard", "only-here", 5, budget="params=0.7"),
     ]
     assert agreements(board("embedded", EMBEDDED | {"dense": 1.0}) + standard) == []
+
+
+def test_one_protocol_on_two_devices_is_not_two_protocols() -> None:
+    assert agreements(board("embedded", EMBEDDED) + board("embedded · cuda", EMBEDDED)) == []
+
+
+def test_a_checkpoint_that_two_budgets_share_counts_once() -> None:
+    three = {"a": 1, "b": 2, "c": 3}
+    copies = [
+        row(name, "c", 3, budget="params=0.7", measured_at="params=0.8") for name in ("embedded", "standard")
+    ]
+    assert agreements(board("embedded", three) + board("standard", three) + copies) == []
 
 
 def test_equal_accuracies_everywhere_say_nothing() -> None:

@@ -136,7 +136,7 @@ def test_simulated_rows_show_speeds_with_a_mark_and_without_a_ratio() -> None:
     assert line.count("‡") == 3
     assert "×)" not in line
     assert "(2.00×)" in next(line for line in text.splitlines() if line.startswith("| svd"))
-    assert "that of the imitation and is not compared: rtn-int8 95 %" in text
+    assert "that of the imitation and has no ratio: rtn-int8 (95 %)" in text
     row = next(row for row in rows([dense, packed, honest]) if row["recipe"] == "rtn-int8")
     assert row["prefill_ratio"] is row["decode_ratio"] is row["train_ratio"] is None
 
@@ -149,10 +149,16 @@ def test_a_kernel_for_decoding_is_compared_though_prefill_is_simulated() -> None
     row = next(row for row in rows([dense, packed]) if row["recipe"] == "rtn-int4")
     assert row["prefill_ratio"] is row["train_ratio"] is None
     assert row["decode_ratio"] is not None
-    line = next(
-        line for line in tables.markdown([dense, packed]).splitlines() if line.startswith("| rtn-int4")
-    )
-    assert line.count("‡") == 2
+    text = tables.markdown([dense, packed])
+    assert next(line for line in text.splitlines() if line.startswith("| rtn-int4")).count("‡") == 2
+    assert "rtn-int4 (prefill 100 %)" in text
+
+
+def test_a_mark_on_decoding_alone_is_explained() -> None:
+    packed = simulated(examples.finished("rtn-int4", "bytes=0.5", params=900), 0.0)
+    assert packed.measurements is not None
+    packed.measurements.simulated_decode_share = 0.25
+    assert "has no ratio: rtn-int4 (decode 25 %)" in tables.markdown([packed])
 
 
 def test_training_that_leaves_packed_weights_alone_is_not_compared() -> None:

@@ -76,6 +76,16 @@ def test_linears_have_a_trend_for_each_role_and_for_their_sum() -> None:
     assert roles == [None, "query", "key", "value", "output", "gate", "up", "down"]
 
 
+def test_p_values_of_several_trends_hold_together() -> None:
+    assert report._holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    parts = parts_of(DEEP, "block")
+    curve = {part.name: 0.1 + 0.01 * ((7 * (part.block or 0)) % 12) for part in parts}
+    profile = examples.made_up(parts, dict.fromkeys((0.75, 0.5, 0.25), curve))
+    (alone,) = report.trends(profile, parts, [0.5])
+    found = [trend.p_value for trend in report.trends(profile, parts, [0.75, 0.5, 0.25])]
+    assert found == pytest.approx([min(1.0, 3 * alone.p_value)] * 3)
+
+
 def test_the_tables_show_every_point_and_a_dash_where_there_is_none() -> None:
     parts, profile = examples.rising_with_depth(DEEP)
     (table,) = report.tables(profile, parts, [0.75, 0.1])
