@@ -52,6 +52,8 @@ def _judge(
     __tracebackhide__ = True
     from dataclasses import fields
 
+    from pydantic import TypeAdapter, ValidationError
+
     from suite.data import data_directory
     from suite.errors import WeighinError, nearest
     from suite.gate.gate import Settings, run
@@ -59,15 +61,20 @@ def _judge(
 
     if inconclusive not in ("fail", "skip"):
         pytest.fail(f"weighin_gate: inconclusive='{inconclusive}' must be 'fail' or 'skip'.", pytrace=False)
-    known = [field.name for field in fields(Settings)]
+    known = ["data_dir", *(field.name for field in fields(Settings) if field.name != "data_folder")]
     for name in criteria:
         if name not in known:
             hint = nearest(name, known)
             pytest.fail(f"weighin_gate has no setting '{name}'.{hint}  ({', '.join(known)})", pytrace=False)
     try:
         folder = data_directory(data_dir)
-        settings = Settings(str(baseline), str(candidate), data_folder=folder, **criteria)
+        sides = {"baseline": str(baseline), "candidate": str(candidate)}
+        settings = TypeAdapter(Settings).validate_python({**sides, **criteria, "data_folder": folder})
         report = run(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        pytest.fail(f"weighin_gate: {where}={first['input']!r}: {first['msg']}.", pytrace=False)
     except WeighinError as error:
         pytest.fail(f"weighin_gate: {error}", pytrace=False)
     if report.verdict == "inconclusive" and inconclusive == "skip":
@@ -110,6 +117,8 @@ def weighin_throughput(request: pytest.FixtureRequest) -> Callable[..., float]:
             )
         except WeighinError as error:
             pytest.fail(f"weighin_throughput: {error}", pytrace=False)
+        if phase not in ("prefill", "decode"):
+            pytest.fail(f"weighin_throughput: phase '{phase}' must be 'prefill' or 'decode'.", pytrace=False)
         if phase == "prefill":
             forward, tokens = speed.prefill_step(loaded, chosen.speed)
             prepare: Callable[[], tuple[Any, ...]] = tuple

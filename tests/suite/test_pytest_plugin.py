@@ -40,7 +40,7 @@ def project(
 
 
 def test_a_candidate_that_keeps_its_quality_passes(pytester: pytest.Pytester) -> None:
-    project(pytester, "max_drop=2.0", RIGHT, RIGHT).assert_outcomes(passed=1)
+    project(pytester, "max_drop=2.0, results='elsewhere'", RIGHT, RIGHT).assert_outcomes(passed=1)
 
 
 def test_a_loss_fails_the_test_with_the_gates_own_text(pytester: pytest.Pytester) -> None:
@@ -64,6 +64,9 @@ def test_an_undecided_gate_fails_unless_asked_to_skip(pytester: pytest.Pytester)
         ("max_drop=0.0", "*must be above 0*"),
         ("inconclusive='ignore'", "*must be 'fail' or 'skip'*"),
         ("data_dir='nowhere'", "*does not exist*"),
+        ("data_folder='nowhere'", "*has no setting 'data_folder'.*Did you mean 'data_dir'?*"),
+        ("max_drop='much'", "*max_drop='much': *valid number*"),
+        ("throughput='decoding'", "*throughput='decoding': *'prefill' or 'decode'*"),
     ],
 )
 def test_a_wrong_setting_is_one_message(pytester: pytest.Pytester, arguments: str, words: str) -> None:
@@ -88,6 +91,18 @@ def test_throughput_goes_through_pytest_benchmark(
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     arguments = ("-p", "suite.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
     pytester.runpytest_inprocess(*arguments).assert_outcomes(passed=1)
+
+
+def test_a_misspelt_phase_is_not_taken_for_another(pytester: pytest.Pytester) -> None:
+    folder = save_checkpoint(pytester.path / "model")
+    pytester.makepyfile(f"""
+        def test_speed(weighin_throughput):
+            weighin_throughput({str(folder)!r}, "decoding")
+    """)
+    arguments = ("-p", "suite.pytest_plugin", "-p", "no:cacheprovider", "--benchmark-disable")
+    result = pytester.runpytest_inprocess(*arguments)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*phase 'decoding' must be 'prefill' or 'decode'*"])
 
 
 def test_throughput_without_benchmarks_runs_the_step_once(pytester: pytest.Pytester) -> None:
