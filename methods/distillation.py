@@ -100,8 +100,12 @@ class Distill(Method[DistillConfig]):
     def _plan(self, anatomy: Anatomy, remove: int, width: int) -> Plan:
         drop = self._drop(anatomy, remove)
         after = anatomy.after(drop)
+        # An earlier stage may have left MLPs of several widths: the narrower ones stay as they are.
+        own = {line.block: line.in_features for line in after.linears if line.role == "down"}
         modules = {}
-        for line in after.linears if width < _width(after.linears) else ():
+        for line in after.linears:
+            if width >= own[line.block]:
+                continue
             shape = {"in_features": line.in_features, "out_features": line.out_features, "bias": line.bias}
             if line.role in WIDENING:
                 modules[line.path] = ModuleSpec(type="linear", arguments=shape | {"out_features": width})
@@ -142,17 +146,19 @@ def important_channels(model: PreTrainedModel, tokens: Tensor, plan: Plan) -> di
     for block in stream(model, tokens):
         if block.index in plan.drop:
             continue
+        prefix = f"{layout.blocks}.{position}."
+        position += 1
+        if prefix + roles["down"] not in plan.modules:
+            continue
         down = block.module.get_submodule(roles["down"])
         assert isinstance(down, nn.Linear)
         energy = torch.zeros(down.in_features, dtype=torch.float64, device=down.weight.device)
         block.observe({roles["down"]: partial(_add_energy, energy)})
         score = energy * down.weight.double().square().sum(0)
-        prefix = f"{layout.blocks}.{position}."
         width = plan.modules[prefix + roles["down"]].arguments["in_features"]
         channels = score.topk(width).indices.sort().values
         kept[prefix + roles["down"]] = ("in", channels)
         kept |= {prefix + roles[role]: ("out", channels) for role in WIDENING if role in roles}
-        position += 1
     return kept
 
 

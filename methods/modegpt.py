@@ -60,6 +60,12 @@ class ModeGpt(Method[ModeGptConfig]):
     Config = ModeGptConfig
 
     def plan(self, anatomy: Anatomy, target: Target | None, seed: int) -> Plan:
+        if anatomy.sliced and self.config.allocation == "influence":
+            raise InputError(
+                "modegpt(allocation=influence) compares what enters a block with what leaves it, but the"
+                " blocks of a sliced model hand on streams in bases of their own: give allocation=uniform"
+                " or put slicegpt after it."
+            )
         mlps = self._mlps(anatomy)
         offers = {str(block): _settings(lines) for block, lines in enumerate(mlps)}
         chosen = even_for(offers, self.config.share, anatomy, target, "attention stays as it is")

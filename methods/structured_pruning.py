@@ -112,6 +112,11 @@ class LlmPruner(Method[StructuredConfig]):
         """Parts of the blocks that are not left alone, by a name of their own."""
         linears = {line.path: line for line in anatomy.dense_linears(self.name)}
         layout, depth = anatomy.layout, anatomy.n_blocks
+        if anatomy.sliced and self.config.importance == "exits":
+            raise InputError(
+                "llm-pruner(importance=exits) reads every block's stream through the final norm, but the"
+                " blocks of a sliced model hand on streams in bases of their own. Put slicegpt after it."
+            )
         if len(linears) != len(layout.roles) * depth:
             raise InputError(
                 f"'{self.name}' cuts whole linears, but an earlier stage factorised them."

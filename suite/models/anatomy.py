@@ -107,6 +107,11 @@ class Anatomy:
         """Whether a quantizer has packed linears of the blocks."""
         return any(linear.packed for linear in self.linears)
 
+    @property
+    def sliced(self) -> bool:
+        """Whether the residual stream of a block may have another basis than that of the next one."""
+        return any(entry.path.endswith("_skip") for entry in self.entries)
+
     def dense_linears(self, method: str, or_sparse: bool = False) -> tuple[LinearShape, ...]:
         """The linears, all still dense; sparse ones are let pass when `or_sparse`.
 
@@ -136,7 +141,7 @@ class Anatomy:
         return result._with(modules) if modules else result
 
     def _without(self, drop: set[int]) -> Anatomy:
-        if any(entry.path.endswith("_skip") for entry in self.entries):
+        if self.sliced:
             raise InputError(
                 "the blocks of a sliced model hand on streams in bases of their own, so none of them can"
                 " be removed. Put slicegpt after the stage that removes blocks."

@@ -151,6 +151,15 @@ def test_blocks_kept_after_a_removal_get_their_own_channels() -> None:
         assert torch.equal(pair[0][1], pair[1][1])
 
 
+def test_mlps_that_an_earlier_stage_left_narrower_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "train", lambda *arguments: {})
+    model = tiny.build("llama")
+    plan = tiny.compress(model, "llm-pruner(share=0.5,first=0,last=1)+distill(width=80)")
+    widths = [block.mlp.down_proj.in_features for block in model.model.layers]
+    assert widths == [56, 56, 56, 80]
+    assert plan.final.params == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_the_student_is_taught_by_the_dense_model() -> None:
     """With the whole weight on divergence, training brings it closer to the teacher on what it saw."""
     teacher, tokens = tiny.build("llama"), tiny.token_ids(8, 16, seed=1)

@@ -196,6 +196,15 @@ def test_factorised_mlps_are_refused(llama: PreTrainedModel) -> None:
         tiny.compress(llama, "svd(share=0.5)+modegpt")
 
 
+@pytest.mark.parametrize("layout", ["official", "tie-preserving"])
+def test_influence_is_not_measured_on_streams_of_several_bases(llama: PreTrainedModel, layout: str) -> None:
+    sliced = f"slicegpt(layout={layout},width=40)"
+    with pytest.raises(InputError, match=r"give allocation=uniform.*This order works: modegpt\+slicegpt"):
+        tiny.compress(llama, f"{sliced}+modegpt")
+    tiny.compress(llama, f"{sliced}+modegpt(allocation=uniform,share=0.5)")
+    assert len(set(widths_of(llama, anatomy_of(llama)))) == 1
+
+
 def test_attention_limits_the_budget(llama: PreTrainedModel) -> None:
     with pytest.raises(ImpossibleBudget, match="attention stays as it is"):
         Recipe.parse("modegpt").plan(anatomy_of(llama), Budget.parse("params=0.2"))

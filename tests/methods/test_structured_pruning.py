@@ -259,3 +259,9 @@ def test_pruned_models_are_quantized_and_healed_like_any_other() -> None:
     plan = Recipe.parse(recipe).plan(anatomy_of(model), Budget.parse(budget))
     done = tiny.compress(model, recipe, budget)
     assert anatomy_of(model).bytes == done.final.bytes <= plan.final.bytes
+
+
+def test_exits_are_not_read_from_streams_of_several_bases(llama: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="streams in bases of their own"):
+        tiny.compress(llama, "slicegpt(width=40)+llm-pruner(importance=exits,share=0.5)")
+    tiny.compress(llama, "slicegpt(width=40)+llm-pruner(share=0.5)")
