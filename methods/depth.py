@@ -79,7 +79,8 @@ class ShortGpt(DepthPruning[DepthConfig]):
     """Remove the blocks of least Block Influence at once, without training.
 
     The influence of block i is one minus the cosine between its input and its output, each token on
-    its own, averaged over all tokens: between 0 (the direction stays) and 2.
+    its own, averaged over all tokens: between 0 (the direction stays) and 2. It is made for blocks that
+    add to the stream; where norms come after (OPT-350M), they turn what every block hands on.
     """
 
     name = "shortgpt"

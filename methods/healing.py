@@ -80,6 +80,11 @@ class Heal(Method[HealConfig]):
         linears = anatomy.dense_linears(self.name, or_sparse=True)
         if self.config.mode == "lora":
             require("peft", "heal(mode=lora)")
+            if linears and all(line.sparse for line in linears):
+                raise InputError(
+                    "heal(mode=lora) adapts dense linears, and an earlier stage stored all of them without"
+                    " their zeros. Use heal(mode=spp) or heal(mode=full)."
+                )
         if self.config.mode == "spp" and not any(line.sparse for line in linears):
             raise InputError(
                 "heal(mode=spp) scales the kept weights of sparse linears, and there are none. Put it after"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from suite.errors import CellFailed
 from suite.models.layouts import layout_of
 from suite.rebuilding import rebuilt_once
 
@@ -206,6 +207,9 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
 
     A body that computes the outputs itself puts them into `inputs` and sets `advanced`.
     `tokens` is sequences × length, without padding. The list of inputs is shared by all blocks.
+
+    Raises:
+        CellFailed: what a block gives is not finite, so that nothing after it has a meaning.
     """
     layout = layout_of(model.config)
     blocks: Sequence[nn.Module] = list(model.get_submodule(layout.blocks).children())
@@ -223,6 +227,11 @@ def stream(model: PreTrainedModel, tokens: Tensor, batch_size: int = BATCH_SIZE)
         if not block.advanced:
             block.module = model.get_submodule(block.path)  # the body may have put another one there
             block.advance()
+        if not all(bool(hidden.isfinite().all()) for hidden in inputs):
+            raise CellFailed(
+                f"{block.path} gives values that are not finite for this text, in {model.dtype}: an overflow,"
+                " broken weights, or what an earlier stage made of them"
+            )
 
 
 def leave(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -255,13 +264,15 @@ def _enter(
 @contextmanager
 def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Let `forward` stand for the forward of every block inside the `with`."""
-    before = [block.forward for block in blocks]
+    # An instance has a forward of its own only where something else stands in for its class's.
+    before = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
             block.forward = forward
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
-            block.forward = own
-            if "forward" in vars(block):
+            if own is None:
                 del block.forward
+            else:
+                block.forward = own

@@ -119,3 +119,9 @@ def test_a_missing_extra_is_named(without: Callable[[str], None]) -> None:
     without("peft")
     with pytest.raises(InputError, match=r"pip install 'weighin\[lora\]'"):
         Recipe.parse("heal(mode=lora)").plan(tiny.anatomy("llama"), Budget.parse("none"))
+
+
+@needs_peft
+def test_adapters_on_sparse_linears_alone_are_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match=r"stored all of them without their zeros\. Use heal\(mode=spp\)"):
+        Recipe.parse("wanda(sparsity=0.5)+heal(mode=lora)").plan(tiny.anatomy("llama"), Budget.parse("none"))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from suite.conformance import tiny
+from suite.errors import CellFailed
 from suite.models.anatomy import anatomy_of
 from suite.models.layouts import layout_of
 from suite.streaming import second_moment, stream
@@ -165,6 +166,25 @@ def test_the_model_is_left_as_it_was() -> None:
     for _ in stream(model, TOKENS):
         pass
     assert torch.equal(before, tiny.logits_of(model))
+
+
+def test_a_forward_that_stands_in_for_a_blocks_own_is_put_back() -> None:
+    model = tiny.build("llama")
+    block = model.model.layers[1]
+    stand_in = block.forward = lambda hidden_states, **_: 2 * hidden_states
+    list(stream(model, TOKENS))
+    assert block.forward is stand_in
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_a_block_whose_values_overflow_is_named() -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(
+        CellFailed, match=r"model\.layers\.2 gives values that are not finite .* torch\.float32"
+    ):
+        list(stream(model, TOKENS))
 
 
 def test_groups_share_inputs_and_come_in_order() -> None:
