@@ -153,8 +153,8 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
     if device.type == "cuda":
         kernels = fused(device) if dtype == torch.bfloat16 else None
         return usable | {FUSED: triton_product} if kernels and kernels.can_multiply(matrix) else usable
-    # Codes are summed before they are scaled, which float16 might not hold; float64 would lose precision.
-    if dtype in (torch.float32, torch.bfloat16) and numba_kernels.can_multiply(matrix):
+    # Sums are float32, in which float64 would lose precision.
+    if dtype in (torch.float32, torch.float16, torch.bfloat16) and numba_kernels.can_multiply(matrix):
         usable[COMPILED] = numba_product
     return usable
 

@@ -34,6 +34,9 @@ _ROWS_TOGETHER = 4
 _LEAST_REBUILT = 1 << 16
 """Weights from which on a kernel rebuilds them: for fewer, loading it takes longer than torch does."""
 
+_BITS_LESS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Bits that a number of each dtype has less behind its point than one of float32."""
+
 _NORMAL_FLOAT = np.array(NORMAL_FLOAT, np.float32)
 
 _ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -90,7 +93,7 @@ def _factors(bits: int, normal_float: bool) -> Tensor:
 def can_rebuild(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> bool:
     """Whether `dequantize` takes so many rows of the matrix, and is worth it."""
     worth = rows * matrix.columns >= _LEAST_REBUILT
-    return worth and dtype in (torch.float32, torch.bfloat16) and can_multiply(matrix)
+    return worth and dtype in _BITS_LESS and can_multiply(matrix)
 
 
 def dequantize(
@@ -106,12 +109,13 @@ def dequantize(
         zeros = unpack(zeros, matrix.bits, scales.shape[1]).float()
     packed = packed.contiguous() if matrix.bits == 3 else packed.contiguous().view(torch.uint32)
     levels = torch.tensor(matrix.levels, dtype=dtype).float()
-    wide = dtype == torch.float32
-    out = torch.empty(len(packed), matrix.columns, dtype=dtype)
+    # A float16 has fewer exponents as well, so torch makes them of float32 in the end.
+    out = torch.empty(len(packed), matrix.columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    bits = out.view(torch.uint16) if dtype == torch.bfloat16 else out
     _use_threads_of_torch()
-    arrays = (array.numpy() for array in (out if wide else out.view(torch.uint16), packed, scales, zeros))
-    _rebuilding_kernel(matrix.bits, matrix.grid == "normal-float", wide)(*arrays, levels.numpy())
-    return out
+    kernel = _rebuilding_kernel(matrix.bits, matrix.grid == "normal-float", _BITS_LESS[dtype])
+    kernel(*(array.numpy() for array in (bits, packed, scales, zeros, levels)))
+    return out.to(dtype)
 
 
 def integer_product(x: Tensor, packed: Tensor) -> Tensor:
@@ -123,9 +127,14 @@ def integer_product(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def can_read(matrix: SparseMatrix) -> bool:
-    """Whether `sparse_product` and `dense` take the matrix: no byte of a 2:4 index is half empty."""
+    """Whether `sparse_product` takes the matrix: it can be made dense, and is not of float16."""
+    return _is_whole(matrix) and matrix.kept.dtype != torch.float16
+
+
+def _is_whole(matrix: SparseMatrix) -> bool:
+    """Whether a kernel reads the matrix: no byte of a 2:4 index is half empty."""
     whole = matrix.index_format == "bitmap" or matrix.columns % 8 == 0
-    return whole and matrix.nonzeros > 0 and matrix.kept.dtype in (torch.float32, torch.bfloat16)
+    return whole and matrix.nonzeros > 0 and matrix.kept.dtype in _BITS_LESS
 
 
 def sparse_product(x: Tensor, matrix: SparseMatrix) -> Tensor:
@@ -138,7 +147,7 @@ def sparse_product(x: Tensor, matrix: SparseMatrix) -> Tensor:
 
 def can_make_dense(matrix: SparseMatrix) -> bool:
     """Whether `dense` takes the matrix, and is worth it."""
-    return matrix.rows * matrix.columns >= _LEAST_REBUILT and can_read(matrix)
+    return matrix.rows * matrix.columns >= _LEAST_REBUILT and _is_whole(matrix)
 
 
 def dense(matrix: SparseMatrix) -> Tensor:
@@ -281,16 +290,20 @@ def _kernel(bits: int, normal_float: bool) -> Any:
 
 
 @njit(inline="always")
-def _rounded(value: Any) -> Any:
-    """The bits of the bfloat16 nearest to a float32, the even one of two, in front of zeros (uint32)."""
+def _rounded(value: Any, less: Any) -> Any:
+    """The bits (uint32) of a float32 rounded to so many `less`, to the even one of two."""
     bits = np.float32(value).view(np.uint32)
-    odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
-    return uint32(uint32(bits + uint32(0x7FFF) + odd) & uint32(0xFFFF0000))
+    odd = uint32(uint32(bits >> uint32(less)) & uint32(1))
+    return uint32(uint32(bits + uint32((1 << (less - 1)) - 1) + odd) & uint32(-1 << less & 0xFFFFFFFF))
 
 
 @functools.cache
-def _rebuilding_kernel(bits: int, normal_float: bool, wide: bool) -> Any:
-    """The compiled kernel that makes matrices whole, in float32 if `wide` or as bits of bfloat16."""
+def _rebuilding_kernel(bits: int, normal_float: bool, less: int) -> Any:
+    """The compiled kernel that makes matrices whole, of numbers with so many bits `less` than float32.
+
+    They are written as the bits of bfloat16 where they have 16 less, else as float32; a product is
+    rounded in bfloat16 alone.
+    """
     codes = codes_in_unit(bits)
     mask = (1 << bits) - 1
 
@@ -314,11 +327,12 @@ def _rebuilding_kernel(bits: int, normal_float: bool, wide: bool) -> Any:
                     for column in range(group_size):
                         at = start + uint64(column)
                         value = steps[at] if normal_float else steps[at] - zero
-                        if wide:
-                            into[at] = value * scale
+                        if less:
+                            value = np.uint32(_rounded(value, less)).view(np.float32)
+                        if less == 16:
+                            into[at] = uint16(_rounded(value * scale, less) >> uint32(16))
                         else:
-                            value = np.uint32(_rounded(value)).view(np.float32)
-                            into[at] = uint16(_rounded(value * scale) >> uint32(16))
+                            into[at] = value * scale
 
     return fill
 
