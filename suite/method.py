@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel
 
 from suite.calibration import Calibration
@@ -28,6 +29,14 @@ class MethodConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+        knob = validate(value)
+        if isinstance(value, bool) and not isinstance(knob, bool):  # to pydantic, true is 1 as well
+            raise PydanticCustomError("switch", "{given} is no number", {"given": str(value).lower()})
+        return knob
 
     @property
     def files(self) -> dict[str, Path]:

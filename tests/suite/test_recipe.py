@@ -127,6 +127,13 @@ def test_any_text_is_a_recipe_or_refused(text: str) -> None:
     assert str(Recipe.parse(str(recipe))) == str(recipe)
 
 
+@pytest.mark.parametrize("recipe", ["rtn-int4(group=true)", "layerchop(remove=false)", "svd(share=true)"])
+def test_a_switch_is_no_number(recipe: str) -> None:
+    with pytest.raises(InputError, match=r"'\w+': (true|false) is no number\.$"):
+        Recipe.parse(recipe)
+    assert Recipe.parse("rtn-int4(symmetric=false)").stages[0].config.symmetric is False
+
+
 def test_a_recipe_names_the_versions_and_needs_of_its_stages() -> None:
     recipe = Recipe.parse("svd+rtn-int8")
     assert recipe.versions == (
