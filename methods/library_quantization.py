@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.activation_quantization import ChannelConfig
-from methods.quantization import RtnConfig, RtnInt8
+from methods.quantization import RtnConfig, RtnInt8, linear_at, packed_like
 from suite.calibration import Calibration
 from suite.errors import InputError, require
-from suite.layers import replace
+from suite.layers import ModuleSpec, replace
 from suite.method import Plan, Target, register
 from suite.models.anatomy import Anatomy
-from suite.models.layouts import layout_of
-from suite.packed_layers import PackedLinear
+from suite.packed_layers import PackedMatrix
 
 
 class LibraryInt8(RtnInt8):
@@ -34,17 +33,15 @@ class LibraryInt8(RtnInt8):
         require(self.library, self.name)
         return super().plan(anatomy, target, seed)
 
-    def compress(self, model: PreTrainedModel, plan: Plan, calibration: Calibration | None) -> None:
-        rest, head = dict(plan.modules), layout_of(model.config).head
-        for path, spec in plan.modules.items():
-            linear = model.get_submodule(path)
-            if isinstance(linear, nn.Linear) and path != head:
-                packed = PackedLinear.from_linear(linear, 8, spec.arguments["in_features"], True)
-                codes, scales = self.quantize(linear.weight.detach())
-                store(packed, codes, scales)
-                replace(model, path, packed)
-                del rest[path]
-        super().compress(model, plan.model_copy(update={"modules": rest}), calibration)
+    def pack_linears(
+        self, model: PreTrainedModel, specs: dict[str, ModuleSpec], calibration: Calibration | None
+    ) -> dict[str, Any]:
+        for path, spec in specs.items():
+            linear = linear_at(model, path)
+            packed = packed_like(linear, spec)
+            store(packed, *self.quantize(linear.weight.detach()))
+            replace(model, path, packed)
+        return {}
 
     @staticmethod
     @abstractmethod
@@ -53,7 +50,7 @@ class LibraryInt8(RtnInt8):
 
 
 @torch.no_grad()
-def store(packed: PackedLinear, codes: Tensor, scales: Tensor) -> None:
+def store(packed: PackedMatrix, codes: Tensor, scales: Tensor) -> None:
     """Put signed codes (int8, out × in) and scales (out) into a symmetric 8-bit matrix.
 
     Raises:

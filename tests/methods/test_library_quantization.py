@@ -113,6 +113,14 @@ def test_embedding_and_head_are_rounded_by_the_suite(torchao: Any) -> None:
         assert all(torch.equal(t, other.state_dict()[name]) for name, t in one.state_dict().items())
 
 
+def test_weights_are_rounded_by_the_library_alone(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: PackedLinear, weight: Tensor) -> None:
+        raise AssertionError("rounded by the suite")
+
+    monkeypatch.setattr(PackedLinear, "quantize_", never)
+    assert pairs("llama", "torchao-int8", torch.bfloat16)
+
+
 def codes_of(*values: int) -> Tensor:
     return torch.tensor([values], dtype=torch.int8)
 
