@@ -15,6 +15,7 @@ from typing import Any
 import filelock
 import platformdirs
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from suite.models.anatomy import Anatomy, anatomy_of
 from suite.models.layouts import layout_of
 
 _MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*", "vocab*", "merges.txt")
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def resolve(name: str) -> Source:
 
 
 def load_config(source: Source) -> PretrainedConfig:
-    """The model's config.
+    """The model's config, with the dtype of the weights where it does not say one.
 
     Raises:
         InputError: it cannot be read, or its family is not supported.
@@ -96,7 +98,27 @@ def load_config(source: Source) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the config of '{source.name}' cannot be read: {first_line(error)}") from None
     layout_of(config)
+    if getattr(config, "dtype", None) is None:
+        config.dtype = _stored_dtype(Path(source.location))
     return config
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """How a local checkpoint stores its first floating-point tensor; None without safetensors.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"'{file}' cannot be read: {first_line(error)}") from None
+        for kind in kinds:
+            if kind in _FLOATS:
+                return _FLOATS[kind]
+    return None
 
 
 def load_anatomy(source: Source) -> Anatomy:

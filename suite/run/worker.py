@@ -178,6 +178,7 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
     with report.stage("audit"):
         entries = ledger(model)
         _audit(job, model, entries, tokenizer)
+    native = model.dtype
     with report.stage("speed"), peak_memory(spec.device) as peak:
         prefill = speed.prefill(model, protocol.speed)
         decode = speed.decode(model, protocol.speed)
@@ -227,7 +228,9 @@ def measure_checkpoint(job: Job, report: Reporter) -> dict[str, Any]:
             "perplexity": ppl,
             "tasks": tasks,
         },
-        "conditions": conditions(spec.device, job.jobs, str(model.dtype).removeprefix("torch.")),
+        # Scores and training have the protocol's dtype, prefill and decode the checkpoint's own.
+        "conditions": conditions(spec.device, job.jobs, str(model.dtype).removeprefix("torch."))
+        | {"speed_dtype": str(native).removeprefix("torch.")},
         "seconds": report.seconds,
         "noise": noise,
         "items": items,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from suite.conformance import tiny
 from suite.errors import InputError
 from suite.models import load
 
@@ -36,6 +38,18 @@ def test_a_local_folder_is_found_and_its_digest_follows_the_weights(
 def test_the_anatomy_is_read_without_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder_of("llama") / "config.json").read_text())
     assert load.load_anatomy(load.resolve(str(tmp_path))).n_blocks == 4
+
+
+def test_where_the_config_is_silent_the_weights_say_their_dtype(tmp_path: Path) -> None:
+    tiny.build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("dtype", None) or config.pop("torch_dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = load.resolve(str(tmp_path))
+    assert load.load_anatomy(source).dtype == load.load_model(source).dtype == torch.bfloat16
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"model\.safetensors' cannot be read"):
+        load.load_config(load.resolve(str(tmp_path)))
 
 
 def test_missing_weights_are_said_in_one_line(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

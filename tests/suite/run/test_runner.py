@@ -60,6 +60,7 @@ def test_a_grid_runs_and_a_second_run_computes_nothing(track: Track, tmp_path: P
         assert set(cell.record.seconds) == {stage for stage in STAGES if dense or stage != "noise"}
         assert len(cell.record.noise or ()) == (2 if dense else 0)  # other batches, other threads
         assert cell.record.conditions["versions"]["torch"]
+        assert cell.record.conditions["speed_dtype"] == "float32"
         items = pd.read_parquet(grid.store.path(cell.spec).with_suffix(".items.parquet"))
         means = items.groupby("task")["correct"].mean()
         assert {task.task: task.value for task in measured.tasks} == pytest.approx(means.to_dict())
