@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite import seal
 from suite.errors import InputError, nearest
-from suite.evaluate.items import rows_from_samples
+from suite.evaluate.items import Item, rows_from_samples, spread
 from suite.records import TaskResult
 from suite.specs import Protocol, TaskSpec
 
 EMBEDDED = Path(str(resources.files("tasks"))) / "embedded"
 
 DEFAULT_FEWSHOT_SEED = 1234
-
-Item = tuple[str, int]
-"""One item: the (sub)task that holds it and its place there."""
 
 # Task -> split that lm-eval scores -> file in the data directory.
 DATA_FILES: dict[str, dict[str, str]] = {
@@ -125,17 +121,13 @@ class Scorer:
         self._tasks: dict[str, dict[str, Any]] = {}
 
     def items(self, spec: TaskSpec, limit: int | None = None) -> list[Item]:
-        """The items of a task, `limit` of them when given, spread evenly over the parts of a group.
+        """The items of a task, `limit` of them when given, spread over the parts of a group (see `spread`).
 
         Raises:
             InputError: the task's data cannot be loaded.
         """
         sizes = {name: len(task.eval_docs) for name, task in self._load(spec.name).items()}
-        wanted = _smaller(limit, spec.limit, sum(sizes.values()))
-        rounds = ((name, i) for i in range(max(sizes.values())) for name in sizes if i < sizes[name])
-        return sorted(
-            itertools.islice(rounds, wanted), key=lambda item: (list(sizes).index(item[0]), item[1])
-        )
+        return spread(sizes, min((given for given in (limit, spec.limit) if given is not None), default=None))
 
     def score(self, spec: TaskSpec, chosen: Sequence[Item]) -> list[dict[str, Any]]:
         """One row (see `suite.evaluate.items`) for each of the chosen items.
@@ -268,10 +260,6 @@ def _without_bars() -> Iterator[None]:
     """Keep lm-eval's progress bars, which cannot be switched off, out of the caller's own display."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _smaller(*limits: int | None) -> int:
-    return min(limit for limit in limits if limit is not None)
 
 
 @functools.cache

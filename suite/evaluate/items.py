@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
+from suite.specs import digest_of
+
+Item = tuple[str, int]
+"""One item: the (sub)task that holds it and its place there."""
+
 COLUMNS = ["task", "subtask", "item", "hash", "family", "log_likelihoods", "prediction", "target", "correct"]
+
+
+def spread(sizes: Mapping[str, int], limit: int | None) -> list[Item]:
+    """`limit` items (all, when None), spread evenly over the parts of a task, in the order of `sizes`.
+
+    `sizes` is the number of items of each part. Parts take turns in an order that their names' digests
+    give: fewer items than parts do not all come from the first in the alphabet, and the items of a small
+    limit are among those of a larger one.
+    """
+    turns = sorted(sizes, key=digest_of)
+    rounds = ((name, i) for i in range(max(sizes.values(), default=0)) for name in turns if i < sizes[name])
+    chosen = set(itertools.islice(rounds, limit))
+    return [(name, i) for name, size in sizes.items() for i in range(size) if (name, i) in chosen]
 
 
 def rows_from_samples(

@@ -66,7 +66,7 @@ class Accuracy:
         self._all: dict[str, list[Any]] = {}
         side = outcomes[self.leading]
         for name, task in self._specs.items():
-            found = side.by_task.get(name, [])[:limit] if isinstance(side, Recorded) else side.items(task)
+            found = side.first(name, limit) if isinstance(side, Recorded) else side.items(task)
             if not found:
                 raise InputError(f"there are no items of task '{name}'.")
             self._all[name] = list(found)

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from suite import checkpoint
 from suite.errors import InputError, WeighinError
 from suite.evaluate import perplexity
-from suite.evaluate.harness import Item, Scorer, load_tasks
-from suite.evaluate.items import COLUMNS
+from suite.evaluate.harness import Scorer, load_tasks
+from suite.evaluate.items import COLUMNS, Item
 from suite.gate.outcomes import Row
 from suite.gate.sides import VERSIONS, Side
 from suite.models import load

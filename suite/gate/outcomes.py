@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from suite.errors import InputError
-from suite.evaluate.items import COLUMNS
+from suite.evaluate.items import COLUMNS, spread
 from suite.records import Perplexity, Record
 
 Row = dict[str, Any]
@@ -51,6 +51,15 @@ class Recorded:
     @functools.cached_property
     def _by_key(self) -> dict[Key, Row]:
         return {key_of(row): row for rows in self.by_task.values() for row in rows}
+
+    def first(self, task: str, limit: int | None) -> list[Row]:
+        """The rows of a task, of them those that a run with this limit would have scored."""
+        parts: dict[str, list[Row]] = {}
+        for row in self.by_task.get(task, []):
+            parts.setdefault(row["subtask"], []).append(row)
+        return [
+            parts[name][i] for name, i in spread({name: len(rows) for name, rows in parts.items()}, limit)
+        ]
 
     def matching(self, rows: Sequence[Row]) -> list[Row]:
         """This record's row for each of the other side's rows.

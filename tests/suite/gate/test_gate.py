@@ -361,6 +361,21 @@ def test_a_folder_must_hold_exactly_one_fitting_record(tmp_path: Path) -> None:
         judge(tmp_path / "empty", base)
 
 
+def test_a_limit_takes_the_items_of_a_record_from_all_parts_of_a_task(tmp_path: Path) -> None:
+    base, candidate = save_record(tmp_path / "a", RIGHT), save_record(tmp_path / "b", RIGHT, "svd")
+    for folder, path in ((tmp_path / "a", base), (tmp_path / "b", candidate)):
+        rows = [
+            examples.row(task, i, 0.0 if "b" in folder.name and i >= 300 else 1.0)
+            | {"subtask": f"part {i // 100}"}
+            for task in RIGHT
+            for i in range(400)
+        ]
+        RecordStore(folder).save(RecordStore(tmp_path).read(path), rows)
+    report = judge(base, candidate, limit=40, max_drop=90.0)
+    assert report.items_available == 80
+    assert {flip.subtask for flip in report.flips} == {"part 3"}
+
+
 def test_a_protocol_of_perplexity_alone_needs_no_items_and_knows_no_drop(tmp_path: Path) -> None:
     alone = examples.PROTOCOL.model_copy(update={"name": "alone", "tasks": ()})
     perplexity = cells.measurements(1000).perplexity
