@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from scipy.stats import spearmanr
 
 from suite.sensitivity.profile import Part, Point, Profile
 from suite.specs import Frozen
+from suite.stats import holm
 
 SIGNIFICANT = 0.05
 _FEWEST = 4
@@ -83,17 +83,8 @@ def trends(profile: Profile, parts: Sequence[Part], strengths: Sequence[float]) 
                         p_value=float(result.pvalue),
                     )
                 )
-    adjusted = _holm([trend.p_value for trend in found])
+    adjusted = holm([trend.p_value for trend in found]).tolist()
     return [trend.model_copy(update={"p_value": value}) for trend, value in zip(found, adjusted, strict=True)]
-
-
-def _holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the smallest times their number, the next times one less, none below the last."""
-    order = np.argsort(p_values, kind="stable")
-    factors = len(order) - np.arange(len(order))
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, factors * np.asarray(p_values)[order]))
-    return [float(value) for value in adjusted]
 
 
 def tables(profile: Profile, parts: Sequence[Part], strengths: Sequence[float]) -> list[Table]:

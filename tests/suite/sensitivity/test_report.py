@@ -77,7 +77,6 @@ def test_linears_have_a_trend_for_each_role_and_for_their_sum() -> None:
 
 
 def test_p_values_of_several_trends_hold_together() -> None:
-    assert report._holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     parts = parts_of(DEEP, "block")
     curve = {part.name: 0.1 + 0.01 * ((7 * (part.block or 0)) % 12) for part in parts}
     profile = examples.made_up(parts, dict.fromkeys((0.75, 0.5, 0.25), curve))
