@@ -46,7 +46,7 @@ def noise_floor(
     def scored_as(other: Protocol) -> list[dict[str, Any]]:
         return harness.evaluate(model, tokenizer, other, folder=folder, limit=limit)[1]
 
-    counts = Counter(row["subtask"] for row in rows if row["task"] in scored)
+    counts = Counter(row["task"] for row in rows if row["task"] in scored)
     if counts and max(counts.values()) > limit:
         rows = scored_as(protocol)
 
