@@ -6,6 +6,7 @@ reloading and multiplying are the suite's, so that sizes are counted and speeds 
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,13 +21,16 @@ from suite.layers import ModuleSpec, replace
 from suite.method import Plan, Target, register
 from suite.models.anatomy import Anatomy
 
+_NOT_INVERTED = re.compile(r"Hessian inversion failed for (\d+)/\d+ modules")
+
 
 class LlmCompressorGptq(Quantizer[UniformConfig]):
     """`oneshot` with a `GPTQModifier` at the library's defaults; embedding and head by the suite.
 
     Columns go in order of activation on grids fixed beforehand. The library wants groups that divide a
     linear's inputs: where `group` does not, the next smaller size that does is taken, down to its half,
-    and otherwise the whole row; the notes of a plan count such linears.
+    and otherwise the whole row; the notes of a plan count such linears. They count, too, those that it
+    rounded to nearest because their second moment could not be inverted.
 
     Raises:
         MissingExtra: llm-compressor is not installed.
@@ -55,22 +59,24 @@ class LlmCompressorGptq(Quantizer[UniformConfig]):
         self, model: PreTrainedModel, specs: dict[str, ModuleSpec], calibration: Calibration | None
     ) -> dict[str, Any]:
         assert calibration is not None
-        quantize(model, specs, calibration.tokens)
+        nearest = quantize(model, specs, calibration.tokens)
         for path, spec in specs.items():
             linear = linear_at(model, path)
             module = packed_like(linear, spec)
             module.store_(*rounded(linear, module.bits, module.group))
             replace(model, path, module)
-        return {}
+        return {"rounded_to_nearest": nearest} if nearest else {}
 
 
-def quantize(model: PreTrainedModel, specs: dict[str, ModuleSpec], tokens: Tensor) -> None:
+def quantize(model: PreTrainedModel, specs: dict[str, ModuleSpec], tokens: Tensor) -> int:
     """Let the library round the linears at the paths of `specs`, for `tokens` (sequences × length).
 
-    Rounded weights, scales and zeros are left on the linears.
+    Rounded weights, scales and zeros are left on the linears. Returns how many of them the library
+    says it rounded to nearest, as their second moment could not be inverted.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
+    from llmcompressor.logger import logger
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     schemes = {}
@@ -86,14 +92,20 @@ def quantize(model: PreTrainedModel, specs: dict[str, ModuleSpec], tokens: Tenso
         )
         schemes[f"groups of {group}"] = QuantizationScheme(targets=members, weights=weights)
     samples = cast(Any, [{"input_ids": row} for row in tokens])
-    oneshot(
-        model=model,
-        processor=cast(Any, object()),  # the tokens are given: there is nothing to process
-        dataset=DataLoader(samples, batch_size=1),
-        recipe=GPTQModifier(config_groups=schemes),
-        num_calibration_samples=len(tokens),
-    )
+    logged: list[str] = []
+    sink = logger.add(logged.append, level="WARNING", format="{message}")  # it tells nowhere else
+    try:
+        oneshot(
+            model=model,
+            processor=cast(Any, object()),  # the tokens are given: there is nothing to process
+            dataset=DataLoader(samples, batch_size=1),
+            recipe=GPTQModifier(config_groups=schemes),
+            num_calibration_samples=len(tokens),
+        )
+    finally:
+        logger.remove(sink)
     vars(model).pop("save_pretrained", None)  # the library's own, for its own format
+    return sum(int(found[1]) for message in logged if (found := _NOT_INVERTED.match(message)))
 
 
 @torch.no_grad()

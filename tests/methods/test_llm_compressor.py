@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from methods.llm_compressor import LlmCompressorGptqInt4, quantize, rounded
 from suite.conformance import tiny
@@ -86,6 +86,25 @@ def test_the_packed_weights_are_the_librarys(family: str, symmetric: bool, tmp_p
         assert type(packed) is PackedLinear
         # Equal but for scales, which the suite stores as float16.
         torch.testing.assert_close(packed.dequantize(torch.float32), linear.weight, rtol=1e-3, atol=1e-6)
+
+
+@library
+def test_linears_that_the_library_rounds_to_nearest_are_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    source = load.resolve(str(tmp_path))
+
+    def notes() -> dict[str, Any]:
+        return tiny.compress(load.load_model(source), RECIPE).stages[0].notes
+
+    assert "rounded_to_nearest" not in notes()
+
+    def fail(moment: Tensor, *, out: tuple[Tensor, Tensor], **_: Any) -> None:
+        out[1].fill_(1)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail)
+    assert notes()["rounded_to_nearest"] == 7 * tiny.BLOCKS
 
 
 @library
