@@ -192,13 +192,13 @@ def _cases(desk: Desk, family: str, outcomes: list[Outcome]) -> list[tuple[Case,
     if metrics:
         whole = Budget(metric=metrics[0], value=1.0)
         planned.append((Case(family, desk.subject.recipe, whole, "full"), None))
-        stack = f"{desk.subject.recipe}+{STACKED}"
-        if any(map(pointless, recipe.stages)):
-            outcomes.append(Outcome("stacks under int4", family, "exempt", "it changes nothing"))
-        elif any(line.sparse for line in seen[0].final.linears):
-            outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
-        elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
-            planned.append((Case(family, stack, cases[0].budget, "stack"), None))
+    stack = f"{desk.subject.recipe}+{STACKED}"
+    if any(map(pointless, recipe.stages)):
+        outcomes.append(Outcome("stacks under int4", family, "exempt", "it changes nothing"))
+    elif any(line.sparse for line in seen[0].final.linears):
+        outcomes.append(Outcome("stacks under int4", family, *_refused(stack, dense, cases[0].budget)))
+    elif any(not line.packed for line in seen[0].final.linears) and desk.subject.recipe != STACKED:
+        planned.append((Case(family, stack, cases[0].budget, "stack"), None))
     else:
         outcomes.append(Outcome("stacks under int4", family, "exempt", "it leaves no dense linears"))
     return planned
