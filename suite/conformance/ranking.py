@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
 
 from suite import stats
 from suite.conformance.trial import Subject
 from suite.method import methods
 from suite.paired import pair_items
 from suite.recipe import Recipe
+from suite.records import Measurements
 from suite.run.runner import Cell, Grid, Options, reason_of
 from suite.specs import Track
 
@@ -18,7 +22,7 @@ DEFAULT_BUDGETS = {"params": "params=0.8", "bytes": "bytes=0.45"}
 
 @dataclass(frozen=True)
 class Difference:
-    """Macro accuracy of the subject minus that of another row, with the ends of its interval."""
+    """What the subject scores minus what another row does, with the ends of its interval."""
 
     other: str
     estimate: float
@@ -34,6 +38,7 @@ class Ranking:
     model: str
     protocol: str
     items: int
+    """Items, or windows of text where the protocol has no tasks."""
     limit: int | None
     rank: tuple[int, int] | None
     """The ranks it can have; None when its own cell failed."""
@@ -41,6 +46,10 @@ class Ranking:
     differences: tuple[Difference, ...]
     failed: dict[str, str]
     """Rows without a result, and why."""
+    broken: tuple[str, ...] = ()
+    """Those of `failed` that should have had one: not baselines that nobody named and no plan exists for."""
+    unit: Literal["accuracy", "nats"] = "accuracy"
+    """What is ranked by: macro accuracy, or the mean log-likelihood per token where there are no tasks."""
 
 
 def default_budgets(subject: Subject) -> list[str]:
@@ -67,6 +76,7 @@ def rank(
 ) -> list[Ranking]:
     """One ranking for each budget of `track`, which gives model, protocol and limit.
 
+    By accuracy on the same items, or by perplexity on the same windows where the protocol has no tasks.
     Cells that the results folder already has are not computed again. Dense is left out of the ranks, but
     the subject is compared with it.
 
@@ -80,15 +90,17 @@ def rank(
         cells = track.model_copy(update={"recipes": (subject.recipe, *others), "budgets": (budget,)})
         grid = Grid(cells, options)
         run(grid)
-        rankings.append(_ranking(grid, subject, budget))
+        asked = {subject.recipe, *(str(Recipe.parse(text)) for text in against or ())}
+        rankings.append(_ranking(grid, subject, budget, asked))
     return rankings
 
 
-def _ranking(grid: Grid, subject: Subject, budget: str) -> Ranking:
+def _ranking(grid: Grid, subject: Subject, budget: str, asked: Set[str]) -> Ranking:
     cells = {cell.spec.recipe: cell for cell in grid.cells}
-    frames = {name: grid.store.items(cell.record) for name, cell in cells.items() if _fine(cell)}
-    scored = {name: frame for name, frame in frames.items() if frame is not None}
     first = grid.cells[0].spec
+    failed = {name: reason_of(cell.record) for name, cell in cells.items() if cell.record.status != "ok"}
+    by_items = bool(first.protocol.tasks)
+    scores = _item_scores(grid) if by_items else _window_scores(grid, failed)
     empty = Ranking(
         budget=budget,
         model=first.model,
@@ -96,17 +108,21 @@ def _ranking(grid: Grid, subject: Subject, budget: str) -> Ranking:
         items=0,
         limit=first.limit,
         rank=None,
-        rows=len(scored),
+        rows=len(scores.rows),
         differences=(),
-        failed={name: reason_of(cell.record) for name, cell in cells.items() if not _fine(cell)},
+        failed=failed,
+        broken=tuple(name for name in failed if name in cells and _broken(cells[name], asked)),
+        unit="accuracy" if by_items else "nats",
     )
-    if subject.recipe not in scored or len(scored) < 2:
+    names, size = sorted(scores.rows, key="dense".__eq__), len(scores.tasks)  # dense is not ranked
+    if subject.recipe not in names or len(names) < 2 or size < 2:
         return empty
-    names = sorted(scored, key="dense".__eq__)  # dense last: it is compared, not ranked
-    competitors = len(names) - ("dense" in scored)
-    paired = pair_items({name: scored[name] for name in names})
+    competitors = len(names) - ("dense" in names)
     pairs = stats.all_pairs(len(names))
-    intervals = stats.macro_differences(paired.correct, paired.tasks, pairs)
+    values = [scores.rows[name] for name in names]
+    # Only outcomes, right or wrong, need pairs that are made up.
+    made_up = stats.PSEUDO_PAIRS if by_items else 0.0
+    intervals = stats.macro_differences(values, scores.tasks, pairs, pseudo_pairs=made_up)
     ranked = [index for index, pair in enumerate(pairs) if max(pair) < competitors]
     among = stats.Intervals(intervals.estimate[ranked], intervals.standard_error[ranked], intervals.critical)
     ranks = stats.rank_intervals(among, [pairs[index] for index in ranked], competitors)
@@ -119,12 +135,50 @@ def _ranking(grid: Grid, subject: Subject, budget: str) -> Ranking:
             differences.append(Difference(other, middle, middle - float(half), middle + float(half)))
     return replace(
         empty,
-        items=len(paired.tasks),
+        items=size,
         rank=ranks[own],
         rows=competitors,
         differences=tuple(sorted(differences, key=lambda difference: -difference.estimate)),
     )
 
 
-def _fine(cell: Cell) -> bool:
-    return cell.record.status == "ok"
+@dataclass(frozen=True)
+class _Scores:
+    """Values (items,) of each row, larger ones better, and the task of each item."""
+
+    rows: dict[str, stats.Floats]
+    tasks: np.ndarray[Any, Any]
+
+
+def _item_scores(grid: Grid) -> _Scores:
+    done = {cell.spec.recipe: grid.store.items(cell.record) for cell in grid.cells if _measured(cell)}
+    frames = {name: frame for name, frame in done.items() if frame is not None}
+    if not frames:
+        return _Scores({}, np.zeros(0))
+    paired = pair_items(frames)
+    return _Scores(dict(zip(paired.frames, paired.correct, strict=True)), paired.tasks)
+
+
+def _window_scores(grid: Grid, failed: dict[str, str]) -> _Scores:
+    """Log-likelihood per token of each window; rows without one are put among the `failed`."""
+    texts = {cell.spec.recipe: found.perplexity for cell in grid.cells if (found := _measured(cell))}
+    keys = [(text.tokens_digest, len(text.window_nlls)) for text in texts.values()]
+    common = max(keys, key=keys.count, default=("", 0))
+    rows = {}
+    for (name, text), key in zip(texts.items(), keys, strict=True):
+        nlls = np.array(text.window_nlls)
+        if key == common and np.isfinite(nlls).all():
+            rows[name] = -nlls * len(nlls) / text.tokens
+        else:
+            failed[name] = "no finite perplexity on the text of the other rows"
+    return _Scores(rows, np.zeros(common[1]))
+
+
+def _measured(cell: Cell) -> Measurements | None:
+    return cell.record.measurements if cell.record.status == "ok" else None
+
+
+def _broken(cell: Cell, asked: Set[str]) -> bool:
+    """Whether a cell failed that could be planned for or was asked for by name."""
+    failure = cell.record.failure if cell.record.status == "failed" else None
+    return failure is not None and (failure.stage != "plan" or cell.spec.recipe in asked)

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from suite.conformance.findings import Finding
-from suite.conformance.ranking import Difference, Ranking
+from suite.conformance.ranking import Ranking
 from suite.conformance.trial import Examination
 
 _MARKS = {"passed": "[green]✓[/]", "failed": "[bold red]✗[/]", "exempt": "[dim]–[/]"}
@@ -36,9 +36,10 @@ def text(examination: Examination, families: int) -> RenderableType:
 def ranking_text(ranking: Ranking) -> str:
     """Where the method stands, in two or three lines."""
     partial = f", at most {ranking.limit} a task: partial" if ranking.limit else ""
+    what = "items" if ranking.unit == "accuracy" else "windows of text"
     lines = [
         f"Against the baselines at {ranking.budget} on {escape(ranking.model)} ({ranking.protocol},"
-        f" {ranking.items:,} items, paired{partial}):"
+        f" {ranking.items:,} {what}, paired{partial}):"
     ]
     if ranking.rank is None:
         lines.append(" no rank: it has no result, or nothing to compare with")
@@ -113,16 +114,15 @@ def _sentences(ranking: Ranking) -> list[str]:
     better = [d for d in ranking.differences if d.low > 0]
     worse = [d for d in ranking.differences if d.high < 0]
     rest = [d for d in ranking.differences if d.low <= 0 <= d.high]
-    told = [f"better than {escape(d.other)} by {_points(d.estimate, d.low, d.high)}" for d in better]
-    told += [f"worse than {escape(d.other)} by {_points(-d.estimate, -d.high, -d.low)}" for d in worse]
+    scale, digits, unit = (100, 1, "points") if ranking.unit == "accuracy" else (1, 3, "nats a token")
+
+    def by(*figures: float) -> str:
+        estimate, low, high = (f"{scale * figure:.{digits}f}" for figure in figures)
+        return f"{estimate} {unit} \\[{low}, {high}]"
+
+    told = [f"better than {escape(d.other)} by {by(d.estimate, d.low, d.high)}" for d in better]
+    told += [f"worse than {escape(d.other)} by {by(-d.estimate, -d.high, -d.low)}" for d in worse]
     if rest:
-        told.append("not told apart from " + ", ".join(f"{escape(d.other)} (±{_half(d):.1f})" for d in rest))
+        halves = [f"{escape(d.other)} (±{scale * (d.high - d.low) / 2:.{digits}f})" for d in rest]
+        told.append("not told apart from " + ", ".join(halves))
     return told
-
-
-def _points(estimate: float, low: float, high: float) -> str:
-    return f"{100 * estimate:.1f} points \\[{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _half(difference: Difference) -> float:
-    return 50 * (difference.high - difference.low)

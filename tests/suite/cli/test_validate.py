@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from suite.cli import app
-from suite.conformance import ranking
+from suite.conformance.ranking import Ranking
 from suite.conformance.trial import Examination
 from tests.suite import examples
 
@@ -56,18 +56,17 @@ def test_a_wrong_budget_or_protocol_is_refused_before_any_check_runs(
     assert "Did you mean 'params'" in refusal(weighin("validate", "svd", *model, "--budget", "parms=0.8"))
     assert "Did you mean 'embedded'" in refusal(weighin("validate", "svd", *model, "--protocol", "embeded"))
     assert "Did you mean 'layerchop'" in refusal(weighin("validate", "svd", *model, "--against", "layerchp"))
-    assert "'quick' has no tasks" in refusal(weighin("validate", "svd", *model, "--protocol", "quick"))
 
 
-@pytest.mark.parametrize(("failed", "code"), [({"svd": "measure: killed"}, 3), ({"rom": "killed"}, 0)])
-def test_the_exit_code_tells_whether_the_method_s_own_cell_failed(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, failed: dict[str, str], code: int
+def test_a_cell_of_the_ranking_that_fails_gives_exit_code_3(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = ranking.Ranking("params=0.8", "tiny", "embedded", 0, None, None, 1, (), failed)
-    monkeypatch.setattr("suite.conformance.trial.examine", lambda subject: Examination(subject, (), 0))
-    monkeypatch.setattr(ranking, "rank", lambda *_: [entry])
+    ranking = Ranking("params=0.8", "tiny", "embedded", 0, None, None, 0, (), {"svd": "killed"}, ("svd",))
+    monkeypatch.setattr("suite.conformance.trial.examine", lambda subject: Examination(subject, (), 0.0))
+    monkeypatch.setattr("suite.conformance.ranking.rank", lambda *arguments: [ranking])
     result = weighin("validate", "svd", "--model", str(folder_of("llama")))
-    assert result.exit_code == code, result.output
+    assert result.exit_code == 3
+    assert "svd: killed" in result.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -60,6 +61,13 @@ def test_a_ranking_says_rank_differences_with_intervals_and_what_cannot_be_told_
     assert "worse than dense by 10.0 points [8.0, 12.0]" in text
     assert "not told apart from layerchop (±2.0)" in text
     assert "random-layers: timed out after 3 s" in text
+
+
+def test_a_ranking_by_perplexity_says_so() -> None:
+    text = shown(report.ranking_text(replace(RANKING, unit="nats", items=16)))
+    assert "(embedded, 16 windows of text, paired):" in text
+    assert "better than svd by 0.062 nats a token [0.041, 0.083]" in text
+    assert "not told apart from layerchop (±0.020)" in text
 
 
 def test_junit_counts_failures_and_carries_the_offence() -> None:
