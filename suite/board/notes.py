@@ -76,6 +76,11 @@ def _speed_notes(members: Sequence[Row]) -> list[str]:
             "‡: dense weights are rebuilt for each call in a share of the linear parameters, so the speed is"
             f" that of the imitation and has no ratio: {shares}"
         )
+    if untold := [label(row) for row in members if row.get("untold")]:
+        lines.append(
+            "records from before it was kept whether packed weights are rebuilt for each call have no ratio:"
+            f" {', '.join(untold)}"
+        )
     if any(row.get("concurrent_cells") for row in members):
         lines.append(
             "speeds measured with other cells at the same time (above, beside the device) took from each"

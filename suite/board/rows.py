@@ -127,6 +127,8 @@ def _row(record: Record, dense: Measurements | None, standing: Standing) -> Row:
         row["slower_than_dense"] = [
             name for name in ("prefill", "decode") if _hundredths(_ratio(m, dense, name)) < 100
         ]
+    if untold:
+        row["untold"] = True
     return row
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from suite import checkpoint
+from suite import bfloat16, checkpoint
 from suite.errors import InputError
 from suite.gate.criteria import Criterion, Phase, judge_ratios
 from suite.measure import speed
@@ -91,7 +91,7 @@ def _memory_worker(
         before = 0 if device.startswith("cuda") else resident_memory()
         with peak_memory(device) as loading:
             model = checkpoint.reload(Path(location), device)
-        with peak_memory(device) as running:
+        with bfloat16.widened(device), peak_memory(device) as running:
             speed.prefill(model, spec)
             speed.decode(model, spec)
         peaks = (max(peak.bytes - before, 0) for peak in (loading, running))

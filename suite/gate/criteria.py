@@ -85,8 +85,11 @@ def perplexity_ratio(base: Perplexity, candidate: Perplexity, limit: float, alph
 def plain_ratio(
     name: str, what: str, base: float, candidate: float, limit: float, how: str = ""
 ) -> Criterion:
-    """Two figures that carry no sampling error, compared."""
-    ratio = candidate / base
+    """Two figures that carry no sampling error, compared.
+
+    The peak of a tiny model may be 0: then 0 is as much, and all else is beyond any limit.
+    """
+    ratio = candidate / base if base else (math.inf if candidate else 1.0)
     text = f"{what} {ratio:.3f} × ({candidate / 1e6:,.1f} of {base / 1e6:,.1f} MB), limit {limit:g} ×{how}"
     verdict: Verdict = "pass" if ratio <= limit else "fail"
     return Criterion(name=name, verdict=verdict, text=text, limit=limit, estimate=ratio)

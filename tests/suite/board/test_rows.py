@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from suite.board import tables
 from suite.board.rows import rows
 from suite.records import Record
 from tests.suite import examples
@@ -53,8 +54,10 @@ def test_older_packed_rows_that_do_not_say_whether_they_imitate_have_no_ratio() 
     assert packed.measurements is not None
     assert packed.measurements.simulated_share is None
     packed.measurements.trainable_params = 30
-    row = rows([examples.finished("dense", "none", params=1000), packed])[1]
+    records = [examples.finished("dense", "none", params=1000), packed]
+    row = rows(records)[1]
     assert row["prefill_ratio"] is row["decode_ratio"] is row["train_ratio"] is None
+    assert "rebuilt for each call have no ratio: rtn-int8" in tables.markdown(records)
 
 
 def test_a_row_without_perplexity_comes_after_those_with_one() -> None:

@@ -83,6 +83,11 @@ def test_a_plain_ratio_is_held_against_its_limit(candidate: float, verdict: str)
     assert criteria.plain_ratio("max-size-ratio", "size", 100.0, candidate, 1.05).verdict == verdict
 
 
+@pytest.mark.parametrize(("candidate", "verdict"), [(0.0, "pass"), (1.0, "fail")])
+def test_a_peak_of_nothing_divides_nothing(candidate: float, verdict: str) -> None:
+    assert criteria.plain_ratio("max-memory-ratio", "peak memory", 0.0, candidate, 1.05).verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("ratios", "verdict"),
     [
