@@ -224,7 +224,9 @@ def _attempt(desk: Desk, case: Case, folder: Path, plan: RecipePlan | None = Non
         model, tokenizer = copy.deepcopy(_dense(source, device)), load.load_tokenizer(source.location)
         with _no_peeking():
             plan = plan or recipe.plan(_anatomy(source), case.budget, SEED)
-            plan = recipe.compress(model, plan, _calibration(source), lambda stage: seed_everything(SEED))
+            plan = recipe.compress(
+                model, plan, _calibration(source, device), lambda stage: seed_everything(SEED)
+            )
         checkpoint.save(model, tokenizer, folder)
         stages = [step.model_dump(mode="json") for step in plan.stages]
         _carried_out(folder).write_text(json.dumps(stages))
@@ -313,9 +315,9 @@ def _dense(source: load.Source, device: str) -> PreTrainedModel:
     return load.load_model(source, device)
 
 
-def _calibration(source: load.Source) -> Calibration:
+def _calibration(source: load.Source, device: str) -> Calibration:
     tokens = tiny.token_ids(4, 128)
-    training = tiny.training_sample(lambda: copy.deepcopy(_dense(source, "cpu")).requires_grad_(False))
+    training = tiny.training_sample(lambda: copy.deepcopy(_dense(source, device)).requires_grad_(False))
     return Calibration(tokens, tokens_digest(tokens), training)
 
 
