@@ -162,6 +162,9 @@ FORMATS: dict[str, Format] = {
 _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("recipe", lambda r: label(r)),
     ("rank", lambda r: rank(r["rank"])),
+    ("accuracy", lambda r: _accuracy(r)),
+    ("Δ dense", lambda r: _difference(r)),
+    ("perplexity", lambda r: _perplexity(r["perplexity"])),
     ("achieved", lambda r: _share(r["budget_achieved"])),
     ("unused", lambda r: _percent(r["unused"])),
     ("params M", lambda r: _number(r["params"], 1e6)),
@@ -172,9 +175,6 @@ _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("prefill tok/s", lambda r: _speed(r, "prefill")),
     ("decode tok/s", lambda r: _speed(r, "decode")),
     ("train tok/s", lambda r: _speed(r, "train")),
-    ("perplexity", lambda r: _perplexity(r["perplexity"])),
-    ("accuracy", lambda r: _accuracy(r)),
-    ("Δ dense", lambda r: _difference(r)),
     ("compress s", lambda r: _number(r["compress_seconds"], 1)),
     ("compress MB", lambda r: _number(r["compress_peak_bytes"], 1e6)),
 ]
