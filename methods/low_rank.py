@@ -75,9 +75,12 @@ class TruncatedSvd(Method[SvdConfig]):
 
 
 def rank_at(linear: LinearShape, share: float) -> int | None:
-    """Rank that keeps `share` of a linear's parameters, at least 1; None leaves it dense."""
+    """Rank that keeps `share` of a linear's parameters, at least 1; None leaves it dense.
+
+    Where even factors of rank 1 would save nothing, as for a single channel, it stays dense as well.
+    """
     m, n = linear.out_features, linear.in_features
-    return None if share >= 1 else max(1, int(share * m * n / (m + n)))
+    return None if share >= 1 or m * n <= m + n else max(1, int(share * m * n / (m + n)))
 
 
 def _plan(share: float | str, ranks: dict[str, int | None], linears: tuple[LinearShape, ...]) -> Plan:
@@ -103,17 +106,22 @@ def _plan(share: float | str, ranks: dict[str, int | None], linears: tuple[Linea
 
 
 def top_up(plan: Plan, share: float | str, anatomy: Anatomy, target: Target) -> Plan:
-    """Spend what rounding the ranks down left over: one more rank where it still fits."""
+    """Spend what rounding the ranks down left over: one more rank where it still fits.
+
+    A linear whose factors would then be no smaller than the matrix itself stays dense instead.
+    """
     unused = target.value - plan.apply(anatomy).size(target.metric)
     bytes_each = anatomy.dtype.itemsize if target.metric == "bytes" else 1
     linears = anatomy.linears
     ranks: dict[str, int | None] = dict.fromkeys(line.path for line in linears)
     ranks |= {path: spec.arguments["rank"] for path, spec in plan.modules.items()}
     for line in sorted(linears, key=lambda line: line.in_features + line.out_features):
-        step = (line.in_features + line.out_features) * bytes_each
-        rank = ranks[line.path]
-        break_even = line.in_features * line.out_features // (line.in_features + line.out_features)
-        if rank is not None and step <= unused and rank < break_even:
-            ranks[line.path] = rank + 1
+        rank, each = ranks[line.path], line.in_features + line.out_features
+        if rank is None:
+            continue
+        full = line.in_features * line.out_features
+        step = min(each, full - rank * each) * bytes_each
+        if step <= unused:
+            ranks[line.path] = rank + 1 if (rank + 1) * each < full else None
             unused -= step
     return _plan(share, ranks, linears)

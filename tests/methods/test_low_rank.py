@@ -111,6 +111,24 @@ def test_the_smallest_share_still_keeps_one_rank(llama: PreTrainedModel) -> None
     assert tiny.logits_of(llama).isfinite().all()
 
 
+def test_factors_are_smaller_than_the_matrix_or_it_stays_dense() -> None:
+    """The queries (48 × 48) break even at rank 24, where the factors would be as large as they."""
+    dense = tiny.anatomy("llama")
+    for missing in range(100, 3000, 100):
+        plan = Recipe.parse("svd").plan(dense, Budget.parse(f"params={dense.params - missing}")).stages[0]
+        for spec in plan.modules.values():
+            m, n, rank = (spec.arguments[key] for key in ("out_features", "in_features", "rank"))
+            assert rank * (m + n) < m * n
+
+
+def test_a_single_channel_stays_dense() -> None:
+    plan = Recipe.parse("llm-pruner(share=0.001,first=0,last=0)+svd(share=0.5)").plan(
+        tiny.anatomy("llama"), Budget.parse("none")
+    )
+    assert plan.stages[0].modules
+    assert not any("mlp" in path for path in plan.stages[1].modules)
+
+
 def test_weights_of_low_rank_are_reproduced(llama: PreTrainedModel) -> None:
     with torch.no_grad():
         for line in anatomy_of(llama).linears:
