@@ -16,7 +16,7 @@ from methods.reduced_order import Inputs, factors_of, low_rank_plan, within_shar
 from suite.allocation import Setting, even_for, low_rank_settings, rank_of
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end
-from suite.errors import InputError, require
+from suite.errors import CellFailed, InputError, require
 from suite.layers import replace
 from suite.linalg import Projection, principal_outputs
 from suite.method import Method, MethodConfig, Plan, Target, register
@@ -28,6 +28,7 @@ POOLS = 32
 """Groups of sequences whose covariances, each about its own mean, are pooled."""
 SMALLEST_RATIO = 0.2
 HELD_BACK = 16
+"""Sequences of the last quarter of the calibration text that trials are judged on, at most."""
 _WORST_LOSS = 1e3
 _HALVINGS = 40
 
@@ -49,10 +50,10 @@ class Bolaco(Method[BolacoConfig]):
 
     V are the principal directions of the outputs about their mean: of the covariance pooled over groups
     of sequences, from the dense model. One ratio for query and key, output, gate, up and down (those
-    the architecture has) holds in all blocks. A Gaussian process (TPE where scipy is missing) proposes
-    them in [0.2, 1]; a proposal is scaled to the planned size, which replaces the paper's constraint, and
-    judged by its perplexity on the last quarter of the calibration text, without the paper's small KL
-    term. Equal ratios are the first trial. A fused query-key-value projection holds values: it stays dense.
+    the architecture has) holds in all blocks. A Gaussian process proposes them in [0.2, 1]; a proposal is
+    scaled to the planned size, which replaces the paper's constraint, and judged by its perplexity on the
+    last quarter of the calibration text, of which 16 sequences at most, without the paper's small KL term.
+    Equal ratios are the first trial. A fused query-key-value projection holds values: it stays dense.
     """
 
     name = "bolaco"
@@ -115,7 +116,10 @@ class Bolaco(Method[BolacoConfig]):
         def objective(trial: Any) -> float:
             ratios = {r: trial.suggest_float(r, SMALLEST_RATIO, 1.0) for r in dict.fromkeys(roles.values())}
             dense = put_in_place(model, planned(ratios), outputs)
-            loss = held_back_loss(model, watching)
+            try:
+                loss = held_back_loss(model, watching)
+            except CellFailed:  # a trial whose values overflow is a bad one, not the end of the search
+                loss = math.inf
             for path, linear in dense.items():
                 model.set_submodule(path, linear)
             return loss if math.isfinite(loss) else _WORST_LOSS

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from methods import bolaco
 from methods.bolaco import LEFT_DENSE, at_ratios, held_back_loss, outputs_of, put_in_place
 from methods.reduced_order import Inputs
 from suite.allocation import low_rank_settings
@@ -158,6 +159,23 @@ def test_budgets_are_used_to_a_percent(family: str, budget: str) -> None:
     plan = tiny.compress(model, "bolaco(trials=3)", budget)
     assert 0.99 * target <= plan.final.size(parsed.metric) <= target
     assert total_params(ledger(model)) == plan.final.params
+
+
+@needs_optuna
+def test_a_trial_whose_values_overflow_is_the_worst_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried = tiny.build("llama"), []
+
+    def overflows_once(model: PreTrainedModel, tokens: Tensor) -> float:
+        tried.append(1)
+        if len(tried) == 1:
+            with torch.no_grad():
+                model.get_submodule("model.layers.1.mlp.down_proj.second").bias.fill_(torch.inf)
+        return held_back_loss(model, tokens)
+
+    monkeypatch.setattr(bolaco, "held_back_loss", overflows_once)
+    losses = tiny.compress(model, "bolaco(trials=3,share=0.5)").stages[0].notes["held_out_loss"]
+    assert losses[0] == max(losses) == 1e3
+    assert tiny.logits_of(model).isfinite().all()
 
 
 @needs_optuna
