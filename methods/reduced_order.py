@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from suite.allocation import Setting, even, even_for, low_rank_settings, rank_of, spread
 from suite.calibration import Calibration
 from suite.curvature import loss_at_the_end, loss_gradients, pull_back
-from suite.errors import ImpossibleBudget, InputError
+from suite.errors import CellFailed, ImpossibleBudget, InputError
 from suite.layers import LowRankLinear, ModuleSpec, replace
 from suite.linalg import Projection, principal_outputs
 from suite.method import Method, MethodConfig, Plan, Target, register
@@ -227,16 +228,23 @@ class _Work:
             self._reduce_block(block, ranks)
 
     def trial(self, ranks: Ranks) -> float:
-        """Mean loss on held-back text of the model reduced to `ranks`; the model is left dense."""
+        """Mean loss on held-back text of the model reduced to `ranks`, infinite where values overflow.
+
+        The model is left dense.
+        """
         dense: dict[str, nn.Module] = {}
         # The watching stream comes first, so that zip lets it pass through the last block too.
         pair = (stream(self.model, self.watching, 1), stream(self.model, self.fitting, 1))
         watched: list[Tensor] = []
-        for watching, block in zip(*pair, strict=False):
-            watched = watching.inputs
+        try:
+            for watching, block in zip(*pair, strict=False):
+                watched = watching.inputs
+                self._put_back(dense)
+                dense = self._reduce_block(block, ranks)
+        except CellFailed:
+            return math.inf
+        finally:
             self._put_back(dense)
-            dense = self._reduce_block(block, ranks)
-        self._put_back(dense)
         return loss_at_the_end(self.model, self.watching, watched)
 
     def _put_back(self, modules: Mapping[str, nn.Module]) -> None:

@@ -7,17 +7,16 @@ in `config.json`, where `suite.quantizer` finds it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite.errors import InputError
 from suite.layers import ModuleSpec, replace, spec_of
 from suite.measure.ledger import tensor_bytes
 from suite.models import sliced as sliced  # registers its module types
-from suite.models.load import first_line, forget_quantization
+from suite.models.load import first_line, forget_quantization, read_weights
 from suite.quantizer import SurgeryConfig
 
 
@@ -74,12 +73,7 @@ def reload(folder: Path, device: str = "cpu") -> PreTrainedModel:
     Raises:
         InputError: its weights are missing or unreadable, or its surgery list is damaged.
     """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the weights of '{folder}' cannot be read: {first_line(error)}") from None
-    placed: PreTrainedModel = model.to(device).eval()
-    return placed
+    return read_weights(str(folder), str(folder), device, "auto")
 
 
 def weight_bytes(folder: Path) -> int:

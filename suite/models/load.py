@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import shutil
 import struct
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,21 +106,22 @@ def load_config(source: Source) -> PretrainedConfig:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """How a local checkpoint stores its first floating-point tensor; None without safetensors.
+    """How a local checkpoint stores most of its numbers; None without safetensors.
 
     Raises:
         InputError: a file is damaged.
     """
-    for file in sorted(folder.glob("*.safetensors")):
+    counts: Counter[torch.dtype] = Counter()
+    for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as weights:
-                kinds = [weights.get_slice(name).get_dtype() for name in weights.keys()]  # noqa: SIM118
+                for name in weights.keys():  # noqa: SIM118
+                    header = weights.get_slice(name)
+                    if dtype := _FLOATS.get(header.get_dtype()):
+                        counts[dtype] += math.prod(header.get_shape())
         except SafetensorError as error:
             raise InputError(f"'{file}' cannot be read: {first_line(error)}") from None
-        for kind in kinds:
-            if kind in _FLOATS:
-                return _FLOATS[kind]
-    return None
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def load_anatomy(source: Source) -> Anatomy:
@@ -145,15 +148,27 @@ def load_model(source: Source, device: str = "cpu", dtype: torch.dtype | None = 
     """The model in evaluation mode, in its native dtype unless another is given.
 
     Raises:
-        InputError: the weights are missing or unreadable.
+        InputError: weights are missing or unreadable.
     """
     config = load_config(source)
+    return read_weights(source.location, source.name, device, dtype or native_dtype(config))
+
+
+def read_weights(location: str, name: str, device: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model at `location`, whole, in evaluation mode; transformers would make up what is missing.
+
+    Raises:
+        InputError: weights are missing, of another shape, or unreadable.
+    """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype or native_dtype(config)
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"the weights of '{source.name}' cannot be read: {first_line(error)}") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the weights of '{name}' cannot be read: {first_line(error)}") from None
+    model, found = loaded
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(f"the weights of '{name}' are not whole: '{lacking[0]}'{more} cannot be found.")
     placed: PreTrainedModel = model.to(device).eval()
     return placed
 

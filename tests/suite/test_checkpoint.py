@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from suite import checkpoint
@@ -247,3 +248,14 @@ print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
     )
     logits = tiny.logits_of(model, torch.arange(24).reshape(2, 12))
     assert done.stdout.split()[-1] == hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+
+
+def test_weights_that_are_missing_are_never_made_up(llama: PreTrainedModel, tmp_path: Path) -> None:
+    tiny.compress(llama, "rtn-int4")
+    checkpoint.save(llama, None, tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.packed"], weights["model.layers.1.mlp.up_proj.scales"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"not whole: 'model\.layers\.1\.mlp\.up_proj\.packed' and 1 more"):
+        checkpoint.reload(tmp_path)
