@@ -35,7 +35,11 @@ class DepthPruning(Method[DepthConfigT]):
     """Remove blocks chosen by what they do to calibration text; the plan knows only how many.
 
     The plan stands for any choice, as all blocks must be of one size; the one carried out names the
-    blocks. Raises InputError where an earlier stage gave blocks different sizes.
+    blocks. The papers compare what enters a block with what leaves it, which is made for blocks that add
+    to the stream; where norms come after (OPT-350M), they turn what every block hands on.
+
+    Raises:
+        InputError: an earlier stage gave blocks different sizes.
     """
 
     family = "layer pruning"
@@ -79,8 +83,7 @@ class ShortGpt(DepthPruning[DepthConfig]):
     """Remove the blocks of least Block Influence at once, without training.
 
     The influence of block i is one minus the cosine between its input and its output, each token on
-    its own, averaged over all tokens: between 0 (the direction stays) and 2. It is made for blocks that
-    add to the stream; where norms come after (OPT-350M), they turn what every block hands on.
+    its own, averaged over all tokens: between 0 (the direction stays) and 2.
     """
 
     name = "shortgpt"
