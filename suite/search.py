@@ -32,7 +32,7 @@ from suite.models import load
 from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
 from suite.records import atomically
-from suite.run.processes import describe_death, end_process, process_context
+from suite.run.processes import supervised
 from suite.run.worker import Job, score_held_back, work
 from suite.specs import Budget, CalibrationSpec, Frozen, HealingSpec, Protocol, RunSpec, digest_of, explain
 
@@ -333,29 +333,10 @@ class Search:
             plugins=self.plugins,
             data_folder=self.data_folder,
         )
-        context = process_context()
-        receiver, sender = context.Pipe(duplex=False)
         step = partial(score_held_back, self.spec.held_back)
-        process = context.Process(target=work, args=(step, job, sender), daemon=True)
-        process.start()
-        sender.close()
         try:
-            while time.monotonic() < deadline:
-                if not receiver.poll(0.1):
-                    continue
-                try:
-                    kind, content = receiver.recv()
-                except EOFError:
-                    process.join()
-                    raise WeighinError(describe_death(process, job.log)) from None
-                if kind == "error":
-                    raise WeighinError(str(content))
-                if kind == "result":
-                    return dict(content)
-            return None
+            return supervised(work, (step, job), job.log, lambda: time.monotonic() >= deadline)
         finally:
-            end_process(process)
-            receiver.close()
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _run_spec(self, recipe: Recipe) -> RunSpec:

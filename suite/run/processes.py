@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from suite.errors import WeighinError
+
+
+class WorkerFailed(WeighinError):
+    """A process gave no answer; the message says why."""
 
 
 def process_context() -> Any:
@@ -18,7 +25,48 @@ def process_context() -> Any:
     return context
 
 
-def describe_death(process: BaseProcess, log: Path) -> str:
+def supervised(
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    log: Path,
+    is_over: Callable[[], bool],
+    hear: Callable[[str, Any], None] = lambda kind, content: None,
+    started: Callable[[int | None], None] = lambda pid: None,
+) -> dict[str, Any] | None:
+    """The result that `target(*arguments, pipe)` sends from a process of its own; None once `is_over`.
+
+    What else it sends on the way goes to `hear`; `log` is the file that its output goes to.
+
+    Raises:
+        WorkerFailed: it sent an error, or ended without a word.
+    """
+    context = process_context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    started(process.pid)
+    try:
+        while not is_over():
+            if not receiver.poll(0.1):
+                continue
+            try:
+                kind, content = receiver.recv()
+            except EOFError:
+                process.join()
+                raise WorkerFailed(_describe_death(process, log)) from None
+            if kind == "result":
+                return dict(content)
+            if kind == "error":
+                raise WorkerFailed(str(content))
+            hear(kind, content)
+        return None
+    finally:
+        _end_process(process)
+        receiver.close()
+
+
+def _describe_death(process: BaseProcess, log: Path) -> str:
     """Why a worker is gone without a word: its signal, or its exit code and last line."""
     code = process.exitcode or 0
     if code < 0:
@@ -30,7 +78,7 @@ def describe_death(process: BaseProcess, log: Path) -> str:
     return f"the worker ended with exit code {code}{last}"
 
 
-def end_process(process: BaseProcess) -> None:
+def _end_process(process: BaseProcess) -> None:
     """Give a process a moment to leave by itself, then make it."""
     process.join(0.5)
     if process.is_alive():

@@ -22,7 +22,7 @@ from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe
 from suite.records import Compression, Failure, Measurements, Record, RecordStore, Sizes, check_writable
 from suite.registry import load_plugin, origin
-from suite.run.processes import describe_death, end_process, process_context
+from suite.run.processes import WorkerFailed, supervised
 from suite.run.worker import Job, make_checkpoint, measure_checkpoint, work
 from suite.specs import Budget, CalibrationSpec, HealingSpec, Protocol, RunSpec, Track
 
@@ -230,7 +230,7 @@ class Grid:
                 seconds = results.get("seconds", {}) | part["seconds"]
                 results |= part | {"seconds": seconds}
             self._record(cell, results)
-        except _CellBroke as broke:
+        except WorkerFailed as broke:
             self._finish(cell, "failed", Failure(stage=cell.stage, reason=str(broke)))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -259,35 +259,23 @@ class Grid:
         stop: threading.Event,
     ) -> dict[str, Any] | None:
         """Run one half of a cell in a process; None when the whole run is being stopped."""
-        context = process_context()
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(step, job, sender), daemon=True)
-        process.start()
-        sender.close()
-        cell.pid = process.pid
-        try:
-            while True:
-                if stop.is_set():
-                    return None
-                limit = self.options.timeout
-                if limit is not None and time.monotonic() - cell.started > limit:
-                    raise _CellBroke(f"timed out after {limit:g} s")
-                if not receiver.poll(0.1):
-                    continue
-                try:
-                    kind, content = receiver.recv()
-                except EOFError:
-                    process.join()
-                    raise _CellBroke(describe_death(process, job.log)) from None
-                if kind == "result":
-                    return dict(content)
-                if kind == "error":
-                    raise _CellBroke(str(content))
-                _update(cell, kind, content)
-                listener(cell)
-        finally:
-            end_process(process)
-            receiver.close()
+
+        def is_over() -> bool:
+            if stop.is_set():
+                return True
+            limit = self.options.timeout
+            if limit is not None and time.monotonic() - cell.started > limit:
+                raise WorkerFailed(f"timed out after {limit:g} s")
+            return False
+
+        def hear(kind: str, content: Any) -> None:
+            _update(cell, kind, content)
+            listener(cell)
+
+        def started(pid: int | None) -> None:
+            cell.pid = pid
+
+        return supervised(work, (step, job), job.log, is_over, hear, started)
 
     def _record(self, cell: Cell, results: dict[str, Any]) -> None:
         record = cell.record
@@ -326,10 +314,6 @@ class Grid:
         recipe = "".join(c if c.isalnum() or c in "-+." else "_" for c in spec.recipe)
         name = f"{Path(spec.model).name}-{recipe}-{spec.budget}-{spec.digest()[:8]}"
         return self.options.keep_checkpoints / name
-
-
-class _CellBroke(Exception):
-    """A worker failed; the message becomes the record's reason."""
 
 
 def training_text(given: str | None, protocol: Protocol) -> HealingSpec:
