@@ -1,4 +1,4 @@
-"""The items that several rows share, brought into one order, and the noise floor of two such runs."""
+"""Items or windows that several rows share, brought into one order, and the noise floor of two runs."""
 
 from __future__ import annotations
 
@@ -104,6 +104,17 @@ def _answer(choices: int, prediction: str, target: str, correct: float) -> int |
         if choices == 2:
             return 1 - int(prediction)
     return int(target) if target.isdecimal() and int(target) < choices else None
+
+
+def pair_windows(texts: Mapping[str, Perplexity]) -> dict[str, stats.Floats]:
+    """Log-likelihoods (windows,) per token of those `texts` that are finite and of the text most have."""
+    digests = [(text.tokens_digest, len(text.window_nlls)) for text in texts.values()]
+    common = max(digests, key=digests.count, default=None)
+    return {
+        name: -np.array(text.window_nlls) * len(text.window_nlls) / text.tokens
+        for (name, text), digest in zip(texts.items(), digests, strict=True)
+        if digest == common and np.isfinite(text.window_nlls).all()
+    }
 
 
 def noise(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from suite import stats
-from suite.paired import Paired, item_keys, pair_items
+from suite.paired import Paired, item_keys, pair_items, pair_windows
 from suite.records import Record, RecordStore
 from suite.specs import digest_of
 
@@ -135,21 +135,16 @@ def _by_perplexity(records: list[Record]) -> dict[str, Standing]:
         for record in records
         if record.measurements and record.spec.recipe != "dense"
     }
-    digests = [(text.tokens_digest, len(text.window_nlls)) for text in texts.values()]
-    common = max(digests, key=digests.count, default=("", 0))
-    kept = {
-        name: [-nll for nll in text.window_nlls]
-        for (name, text), digest in zip(texts.items(), digests, strict=True)
-        if digest == common and np.isfinite(text.window_nlls).all()
-    }
+    kept = pair_windows(texts)
     result = {
         name: Standing(note="not compared: no finite perplexity on the text of the other rows")
         for name in texts.keys() - kept.keys()
     }
     pairs = stats.all_pairs(len(kept))
-    if common[1] < 2 or not pairs:
+    windows = len(next(iter(kept.values()), ()))
+    if windows < 2 or not pairs:
         return result | {name: Standing((1, 1)) for name in kept if len(kept) == 1}
-    intervals = stats.macro_differences(list(kept.values()), np.zeros(common[1]), pairs, pseudo_pairs=0)
+    intervals = stats.macro_differences(list(kept.values()), np.zeros(windows), pairs, pseudo_pairs=0)
     ranks = stats.rank_intervals(intervals, pairs, len(kept))
     return result | {name: Standing(rank) for name, rank in zip(kept, ranks, strict=True)}
 

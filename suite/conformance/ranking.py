@@ -11,7 +11,7 @@ import numpy as np
 from suite import stats
 from suite.conformance.trial import Subject
 from suite.method import methods
-from suite.paired import pair_items
+from suite.paired import pair_items, pair_windows
 from suite.recipe import Recipe
 from suite.records import Measurements
 from suite.run.runner import Cell, Grid, Options, reason_of
@@ -162,16 +162,9 @@ def _item_scores(grid: Grid) -> _Scores:
 def _window_scores(grid: Grid, failed: dict[str, str]) -> _Scores:
     """Log-likelihood per token of each window; rows without one are put among the `failed`."""
     texts = {cell.spec.recipe: found.perplexity for cell in grid.cells if (found := _measured(cell))}
-    keys = [(text.tokens_digest, len(text.window_nlls)) for text in texts.values()]
-    common = max(keys, key=keys.count, default=("", 0))
-    rows = {}
-    for (name, text), key in zip(texts.items(), keys, strict=True):
-        nlls = np.array(text.window_nlls)
-        if key == common and np.isfinite(nlls).all():
-            rows[name] = -nlls * len(nlls) / text.tokens
-        else:
-            failed[name] = "no finite perplexity on the text of the other rows"
-    return _Scores(rows, np.zeros(common[1]))
+    rows = pair_windows(texts)
+    failed |= dict.fromkeys(texts.keys() - rows.keys(), "no finite perplexity on the text of the other rows")
+    return _Scores(rows, np.zeros(len(next(iter(rows.values()), ()))))
 
 
 def _measured(cell: Cell) -> Measurements | None:
