@@ -18,8 +18,6 @@ from suite import kernels
 from suite.layers import default_dtype, module_type
 from suite.packed_layers import PackedLinear
 
-_SMALLEST = torch.finfo(torch.float32).tiny
-
 
 @module_type("dynamic_int8_linear")
 class DynamicInt8Linear(PackedLinear):
@@ -59,9 +57,7 @@ class DynamicInt8Linear(PackedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         """The product of `x` (tokens × in) with the weights: tokens × out, float32."""
-        codes, scales = per_token(x)
-        sums = kernels.integer_product(codes, self)
-        return sums.float() * scales * self.scales.float().squeeze(-1)
+        return kernels.integer_product(x, self)
 
 
 @module_type("outlier_int8_linear")
@@ -81,20 +77,10 @@ class OutlierInt8Linear(DynamicInt8Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         large = x.abs() >= self.threshold
-        product = super()._product(x.masked_fill(large, 0))
         columns = large.any(0).nonzero().squeeze(-1)
         if len(columns) == 0:
-            return product
+            return super()._product(x)
+        product = super()._product(x.masked_fill(large, 0))
         weight = (self.packed[:, columns].float() - 128) * self.scales.float()
         outliers = torch.where(large[:, columns], x[:, columns], 0).float()
         return product + outliers @ weight.t()
-
-
-def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (int8, tokens × features) and scales (float32, tokens × 1) of `x` (tokens × features).
-
-    Symmetric: scale = max|x| / 127 and code = round(x / scale), so codes are within ±127.
-    """
-    wide = x.float()
-    scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=_SMALLEST)
-    return (wide / scales).round().to(torch.int8), scales

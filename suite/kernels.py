@@ -57,6 +57,8 @@ _MUST_GAIN = 0.8
 _EXACT_COLUMNS = 1024
 """Sums of so many products of two 8-bit integers stay below 2²⁴, so float32 holds them exactly."""
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 _AT_ONCE = 1 << 20
 """Weights that a processor rebuilds at a time: larger tensors get fresh memory from the system each time."""
 
@@ -136,8 +138,7 @@ def torch_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
 
 def numba_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
     """By our own kernel, in which a row of the matrix at a time gets its zeros."""
-    product = numba_kernels.sparse_product(_rows(x), layer)
-    return _with_bias(product.reshape(*x.shape[:-1], layer.rows), bias, x.dtype)
+    return numba_kernels.sparse_product(x, layer, bias)
 
 
 def rebuilds(
@@ -177,8 +178,7 @@ def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
 
 def numba_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For every format on a processor, our own kernels: weights are rebuilt in registers, on their way."""
-    product = numba_kernels.product(_rows(x), matrix)
-    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+    return numba_kernels.product(x, matrix, bias)
 
 
 def triton_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
@@ -202,20 +202,43 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """`x @ (codes − 128)ᵀ` (int32, tokens × rows) of int8 `x` and an 8-bit matrix, exact on every path."""
-    products: dict[str, Product] = {FLOATS: lambda probe: float_product(probe, signed_codes(matrix))}
+    """`x @ Wᵀ` (float32, tokens × rows) of an 8-bit matrix, with each token of `x` rounded to 8 bits.
+
+    Sums of integers are exact, then scaled in float32: every path gives the same bits.
+    """
+    products: dict[str, Product] = {FLOATS: _scaled(float_product, matrix)}
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         floats = products if len(x) > FEW_ROWS else {}
-        products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix.packed), **floats}
+        products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix), **floats}
     first = next(iter(products))
     key = _key(matrix.form, len(x), x)
     if not _free_to_choose(x) or (key not in _chosen and _recorded(x)):
         return products[first](x)
     if _has_integer_product(x, matrix):
-        products[INTEGERS] = lambda probe: torch_int(probe, signed_codes(matrix))
+        products[INTEGERS] = _scaled(torch_int, matrix)
     if key not in _chosen:
         _chosen[key] = _fastest(products, x)
     return products[_chosen[key]](x)
+
+
+def _scaled(product: Callable[[Tensor, Tensor], Tensor], matrix: PackedMatrix) -> Product:
+    """The product with an 8-bit matrix that one of integers makes."""
+
+    def scaled(x: Tensor) -> Tensor:
+        codes, scales = per_token(x)
+        return product(codes, signed_codes(matrix)).float() * scales * matrix.scales.float().squeeze(-1)
+
+    return scaled
+
+
+def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8, tokens × features) and scales (float32, tokens × 1) of `x` (tokens × features).
+
+    Symmetric: scale = max|x| / 127 and code = round(x / scale), so codes are within ±127.
+    """
+    wide = x.float()
+    scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=_SMALLEST)
+    return (wide / scales).round().to(torch.int8), scales
 
 
 def signed_codes(matrix: PackedMatrix) -> Tensor:
@@ -324,7 +347,7 @@ def _fastest(calls: Mapping[str, Product], x: Tensor) -> str:
     """The name of the path that is fastest for inputs like `x`."""
     bucket = _bucket(x.numel() // x.shape[-1])
     probe = torch.arange(bucket * x.shape[-1], device=x.device).cos().reshape(bucket, -1)
-    return _measure(calls, (probe * 100 if x.dtype == torch.int8 else probe).to(x.dtype))
+    return _measure(calls, probe.to(x.dtype))
 
 
 def _bucket(rows: int) -> int:

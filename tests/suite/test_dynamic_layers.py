@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from suite.dynamic_layers import DynamicInt8Linear, OutlierInt8Linear, per_token
+from suite.dynamic_layers import DynamicInt8Linear, OutlierInt8Linear
+from suite.kernels import per_token
 from suite.layers import ModuleSpec, spec_of
 from suite.measure.ledger import ledger, total_disk, total_params
 from suite.models.anatomy import _linears_of

@@ -48,7 +48,8 @@ def packed(
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    return torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    batch = 1 if tokens == 1 else 2
+    return torch.randn(batch, tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_every_path_agrees(matrix: PackedLinear, x: Tensor, allowed: float) -> set[str]:
@@ -346,7 +347,7 @@ SLIGHTLY_FASTER = {"dequantize": 1.0, "numba": 0.9}
 
 def test_the_fastest_path_is_taken_and_can_be_told(clock: Callable[[dict[str, float]], None]) -> None:
     clock(SLOW_REFERENCE)
-    matrix, x = packed(10, 20, 8, 20, True, torch.float32), activations(1, 20, torch.float32)[:1]
+    matrix, x = packed(10, 20, 8, 20, True, torch.float32), activations(1, 20, torch.float32)
     with torch.no_grad():
         got = matrix(x)
         assert torch.equal(got, kernels.numba_product(x, matrix, matrix.bias))
@@ -394,7 +395,7 @@ def test_the_reference_is_kept_to_where_it_is_asked_for_or_gradients_are(
     with torch.no_grad(), kernels.reference():
         assert torch.equal(matrix(x), kernels.dequantize(x, matrix, matrix.bias))
     assert matrix(x.requires_grad_()).requires_grad
-    assert matrix.to("meta")(x.to("meta")).shape == (2, 1, 10)
+    assert matrix.to("meta")(x.to("meta")).shape == (1, 1, 10)
     assert kernels.chosen() == {}
 
 
@@ -410,19 +411,52 @@ def test_logits_for_the_audit_and_compression_are_made_by_the_reference(
     assert set(kernels.chosen().values()) == {"numba"}
 
 
-@given(SIZES, SIZES, st.integers(1, 3000), SEEDS)
-def test_integer_products_are_exact(tokens: int, rows: int, columns: int, seed: int) -> None:
+@given(SIZES, SIZES, st.integers(1, 3000), DTYPES, SEEDS)
+def test_integer_products_are_the_same_to_the_bit(
+    tokens: int, rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Nearly all of one sign, so that sums pass what float32 holds exactly.
-    x = torch.randint(100, 128, (tokens, columns), generator=generator).to(torch.int8)
+    x = torch.randint(100, 128, (tokens, columns), generator=generator)
+    x[:, 0] = 127  # so that they are rounded to themselves
     matrix = PackedLinear(columns, rows, 8, columns)
     matrix.packed.copy_(torch.randint(0, 30, (rows, columns), generator=generator))
-    expected = (x.long() @ kernels.signed_codes(matrix).long().t()).to(torch.int32)
+    matrix.scales.copy_(torch.rand(rows, 1, generator=generator))
+    sums = x @ kernels.signed_codes(matrix).long().t()
+    expected = sums.float() * matrix.scales.float().squeeze(-1)
     with torch.no_grad():
-        assert torch.equal(kernels.float_product(x, kernels.signed_codes(matrix)), expected)
-        assert torch.equal(kernels.integer_product(x, matrix), expected)
+        assert torch.equal(kernels.integer_product(x.to(dtype), matrix), expected)
         with kernels.reference():
-            assert torch.equal(kernels.integer_product(x, matrix), expected)
+            assert torch.equal(kernels.integer_product(x.to(dtype), matrix), expected)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    found = [product(x) for product in integer_products(matrix)]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def integer_products(matrix: PackedLinear) -> list[Callable[[Tensor], Tensor]]:
+    return [
+        lambda x: numba_kernels.integer_product(x, matrix),
+        kernels._scaled(kernels.float_product, matrix),
+        kernels._scaled(kernels.torch_int, matrix),
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_integer_product_makes_a_number_of_what_is_none(tokens: int, value: float) -> None:
+    matrix = PackedLinear.from_linear(nn.Linear(40, 9), 8, 40, True)
+    x = activations(tokens, 40, torch.float32)[0]
+    x[-1, 5] = value
+    for product in integer_products(matrix):
+        found = product(x)
+        assert found[:-1].isfinite().all()
+        assert not found[-1].isfinite().any()
+
+
+def test_tokens_of_zeros_stay_zero_in_every_integer_product() -> None:
+    matrix = PackedLinear.from_linear(nn.Linear(40, 9), 8, 40, True)
+    for product in integer_products(matrix):
+        assert torch.equal(product(torch.zeros(2, 40)), torch.zeros(2, 9))
 
 
 def test_a_faster_integer_product_of_torch_is_taken_where_it_is_exact(
@@ -431,9 +465,10 @@ def test_a_faster_integer_product_of_torch_is_taken_where_it_is_exact(
     monkeypatch.setattr(kernels, "_has_integer_product", lambda x, matrix: True)
     times = iter([1.0, 0.1])
     monkeypatch.setattr(kernels, "_seconds", lambda call, probe: next(times))
-    matrix, x = PackedLinear(21, 7, 8, 21), torch.randint(-128, 128, (3, 21), dtype=torch.int8)
+    matrix, x = PackedLinear(21, 7, 8, 21), activations(1, 21, torch.float32)[0]
     matrix.packed.random_(0, 256)
+    matrix.scales.fill_(0.5)
     with torch.no_grad():
         found = kernels.integer_product(x, matrix)
-    assert torch.equal(found, x.int() @ kernels.signed_codes(matrix).int().t())
+    assert torch.equal(found, kernels._scaled(kernels.torch_int, matrix)(x))
     assert list(kernels.chosen().values()) == ["torch int"]
