@@ -431,7 +431,11 @@ def _kernel(bits: int, normal_float: bool) -> Any:
             by_group = np.empty((here, groups), np.float32)
             _load(by_group.ravel(), scales, first * groups, scales_as)
             zero = np.empty((here, groups), np.float32)
-            if zeros_as == _PACKED:
+            if zeros_as == _NOT_STORED:
+                for row in range(here):
+                    for group in range(groups):
+                        zero[row, group] = fixed_zero
+            elif zeros_as == _PACKED:
                 _unpack(zero, zeros, first, bits)
             else:
                 _load(zero.ravel(), zeros, first * groups, zeros_as)
@@ -442,8 +446,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
             rebuilt = np.empty((codes, units), np.float32)
             for row in range(here):
                 for group in range(groups):
-                    of_group = fixed_zero if zeros_as == _NOT_STORED else zero[row, group]
-                    offset[group] = by_group[row, group] * of_group
+                    offset[group] = by_group[row, group] * zero[row, group]
                     start = uint64(group * width)
                     for unit in range(width):
                         scale[start + uint64(unit)] = by_group[row, group]
