@@ -69,7 +69,7 @@ Path = Callable[[Tensor, "PackedMatrix", Tensor | None], Tensor]
 SparsePath = Callable[[Tensor, "SparseLinear", Tensor | None], Tensor]
 Product = Callable[[Tensor], Tensor]
 Key = tuple[str, torch.dtype, torch.device, int]
-"""Format and shape, dtype and device of the activations, and the most rows of them."""
+"""Format and shape, dtype of what is multiplied and its device, and the most rows of activations."""
 _chosen: dict[Key, str] = {}
 _forced = 0
 
@@ -119,7 +119,7 @@ def sparse_paths(layer: SparseLinear, rows: int) -> dict[str, SparsePath]:
     if layer.has_kernel:
         return {SPARSE: torch_sparse}
     on_processor = layer.kept.device.type == "cpu" and rows <= FEW_ROWS
-    return {COMPILED: numba_sparse} if on_processor and numba_kernels.can_read(layer) else {}
+    return {COMPILED: numba_kernels.sparse_product} if on_processor and numba_kernels.can_read(layer) else {}
 
 
 def _with(path: SparsePath, layer: SparseLinear, bias: Tensor | None) -> Product:
@@ -134,11 +134,6 @@ def made_dense(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
 def torch_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
     """By torch's instructions for 2:4."""
     return functional.linear(x, cast("SemiStructuredLinear", layer).in_torch_format(), bias)
-
-
-def numba_sparse(x: Tensor, layer: SparseLinear, bias: Tensor | None) -> Tensor:
-    """By our own kernel, in which a row of the matrix at a time gets its zeros."""
-    return numba_kernels.sparse_product(x, layer, bias)
 
 
 def rebuilds(
@@ -156,7 +151,7 @@ def paths(matrix: PackedMatrix, dtype: torch.dtype, device: torch.device) -> dic
         return usable | {FUSED: triton_product} if kernels and kernels.can_multiply(matrix) else usable
     # Sums are float32, in which float64 would lose precision.
     if dtype in (torch.float32, torch.float16, torch.bfloat16) and numba_kernels.can_multiply(matrix):
-        usable[COMPILED] = numba_product
+        usable[COMPILED] = numba_kernels.product
     return usable
 
 
@@ -176,29 +171,20 @@ def dequantize(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     return torch.cat(products, -1)
 
 
-def numba_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """For every format on a processor, our own kernels: weights are rebuilt in registers, on their way."""
-    return numba_kernels.product(x, matrix, bias)
-
-
 def triton_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """For every format on a GPU, our own kernels: weights are rebuilt in registers, on their way."""
     from suite import triton_kernels
 
-    product = triton_kernels.product(_rows(x), matrix)
-    return _with_bias(product.reshape(*x.shape[:-1], matrix.rows), bias, x.dtype)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # the last positions of a batch lie apart
+    product = triton_kernels.product(rows, matrix).reshape(*x.shape[:-1], matrix.rows)
+    return (product if bias is None else product.float() + bias.float()).to(x.dtype)
 
 
 _PATHS: dict[str, Path] = {
     REFERENCE: dequantize,
-    COMPILED: numba_product,
+    COMPILED: numba_kernels.product,
     FUSED: triton_product,
 }
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` as one matrix of whole rows: torch's kernels refuse others, as of a batch's last positions."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -211,7 +197,7 @@ def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
         floats = products if len(x) > FEW_ROWS else {}
         products = {COMPILED: lambda probe: numba_kernels.integer_product(probe, matrix), **floats}
     first = next(iter(products))
-    key = _key(matrix.form, len(x), x)
+    key = (matrix.form, torch.int8, x.device, _bucket(len(x)))
     if not _free_to_choose(x) or (key not in _chosen and _recorded(x)):
         return products[first](x)
     if _has_integer_product(x, matrix):
@@ -400,7 +386,3 @@ def _seconds(call: Product, probe: Tensor) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _with_bias(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (product if bias is None else product.float() + bias.float()).to(dtype)

@@ -95,7 +95,7 @@ def _stored(*tensors: Tensor | None) -> list[int]:
 
     Kernels get addresses: for a small matrix, making arrays of tensors takes longer than the product.
     """
-    stored = []
+    stored: list[int] = []
     for tensor in tensors:
         stored += (0, _NOT_STORED) if tensor is None else (tensor.data_ptr(), _STORED_AS[tensor.dtype])
     return stored

@@ -530,10 +530,10 @@ def test_perplexity_rises_with_the_cut_on_the_real_model(data_folder: Path) -> N
     spec = PerplexitySpec(source="pydoc", window=256, windows=4)
     found = []
     with bfloat16.widened("cpu"):
-        for recipe in ("dense", "slicegpt(width=456)", "slicegpt(width=380)"):
+        for recipe in ("dense", "slicegpt(width=456)"):
             model = load.load_model(source)
             cut = Recipe.parse(recipe)
             cut.compress(model, cut.plan(anatomy_of(model), Budget(metric="none")), calibration)
             found.append(perplexity.measure(model, tokenizer, spec, data_folder).perplexity)
-    assert found == sorted(found)
-    assert found[-1] < 100 * found[0]
+    dense, sliced = found
+    assert dense < sliced < 20 * dense

@@ -118,18 +118,58 @@ def test_groups_of_any_number_of_units_are_multiplied(
     assert kernels.COMPILED in names
 
 
+@FORMATS
+@given(SEEDS, st.sampled_from([torch.float16, torch.bfloat16]), st.booleans())
+def test_sums_are_rounded_to_the_dtype_of_activations_as_torch_does(
+    bits: int, group: int, columns: int, symmetric: bool, grid: Grid, seed: int, dtype: torch.dtype, no: bool
+) -> None:
+    matrix = of_format(bits, group, columns, symmetric, grid)
+    if not numba_kernels.can_multiply(matrix):
+        return
+    x = activations(1, columns, dtype, seed)
+    x[..., 3] = float("nan") if no else x[..., 3]
+    bias = torch.randn(193).to(dtype)
+    wide = numba_kernels.product(x.float(), matrix, bias)
+    found = numba_kernels.product(x, matrix, bias)
+    torch.testing.assert_close(found, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_and_zeros_of_another_dtype_are_read_as_well(
+    bits: int, group: int, columns: int, symmetric: bool, grid: Grid, dtype: torch.dtype
+) -> None:
+    matrix = of_format(bits, group, columns, symmetric, grid)
+    matrix.scales = matrix.scales.to(dtype)
+    if grid == "float-zero":
+        matrix.zeros = matrix.zeros.to(dtype)
+    assert_every_path_agrees(matrix, activations(1, columns, torch.float32), 1e-5)
+
+
+def test_scales_at_the_ends_of_float16_are_read_as_they_are() -> None:
+    matrix, x = packed(6, 64, 4, 32, True, torch.float32), activations(1, 64, torch.float32)
+    ends = torch.tensor([0.0, -0.0, 2.0**-24, -(2.0**-15), 65504.0, float("inf")])
+    matrix.scales.copy_(ends.unsqueeze(-1))
+    with torch.no_grad():
+        found, expected = (
+            path(x, matrix, None)[0, 0] for path in kernels.paths(matrix, x.dtype, CPU).values()
+        )
+    torch.testing.assert_close(found[:5], expected[:5], rtol=1e-5, atol=0)
+    assert not found[5].isfinite()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_the_kernel_takes_as_many_threads_as_torch_or_as_there_are(threads: int) -> None:
     before = torch.get_num_threads()
     matrix, x = packed(70, 64, 4, 32, True, torch.float32), activations(1, 64, torch.float32)
     try:
         torch.set_num_threads(threads)
-        got = kernels.numba_product(x, matrix, matrix.bias)
+        got = numba_kernels.product(x, matrix, matrix.bias)
         assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(got, kernels.numba_product(x, matrix, matrix.bias), rtol=0, atol=0)
+    torch.testing.assert_close(got, numba_kernels.product(x, matrix, matrix.bias), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -152,9 +192,9 @@ def test_the_first_kernel_of_a_process_leaves_torch_its_number_of_threads() -> N
     script = """
 import torch
 torch.set_num_threads(1)
-from suite import kernels
+from suite import numba_kernels
 from suite.packed_layers import PackedLinear
-kernels.numba_product(torch.ones(1, 64), PackedLinear(64, 64, 4, 32), None)
+numba_kernels.product(torch.ones(1, 64), PackedLinear(64, 64, 4, 32), None)
 print(torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -350,7 +390,7 @@ def test_the_fastest_path_is_taken_and_can_be_told(clock: Callable[[dict[str, fl
     matrix, x = packed(10, 20, 8, 20, True, torch.float32), activations(1, 20, torch.float32)
     with torch.no_grad():
         got = matrix(x)
-        assert torch.equal(got, kernels.numba_product(x, matrix, matrix.bias))
+        assert torch.equal(got, numba_kernels.product(x, matrix, matrix.bias))
     assert kernels.chosen() == {"8 bits, channel, symmetric, 10×20, float32, cpu, up to 1 rows": "numba"}
     assert conditions("cpu", 1, "float32")["kernels"] == kernels.chosen()
 
@@ -381,7 +421,7 @@ def test_a_path_that_is_wrong_is_never_taken(
     def wrong(x: Tensor, matrix: PackedLinear, bias: Tensor | None) -> Tensor:
         return 1.05 * kernels.dequantize(x, matrix, bias)
 
-    monkeypatch.setattr(kernels, "numba_product", wrong)
+    monkeypatch.setattr(numba_kernels, "product", wrong)
     matrix, x = packed(10, 20, 8, 20, True, torch.float32), activations(1, 20, torch.float32)
     with torch.no_grad():
         assert torch.equal(matrix(x), kernels.dequantize(x, matrix, matrix.bias))

@@ -216,7 +216,7 @@ def test_what_is_no_number_stays_none(kind: type[SparseLinear], tokens: int, val
     sparse, _ = made(nn.Linear(64, 32), kind)
     x = torch.ones(tokens, 64)
     x[-1, 3] = value
-    found = kernels.numba_sparse(x, sparse, sparse.bias)
+    found = numba_kernels.sparse_product(x, sparse, sparse.bias)
     assert found[:-1].isfinite().all()
     assert not found[-1].isfinite().any()
 

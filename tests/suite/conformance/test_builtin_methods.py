@@ -24,22 +24,30 @@ STACKS = ["svd+rtn-int8", "layerchop+heal(distill=0.5)", "svd+heal(mode=lora)"]
 
 
 def _families(name: str) -> tuple[str, ...]:
-    """All; for stacks, and for further widths of a quantizer, whose code has met all already, these two.
-
-    One has grouped queries, the other biases.
-    """
+    """Grouped queries, biases, and by turns one of the other families; further widths have met that one."""
     stems = [re.sub(r"\d+$", "", other) for other in BUILTIN]
     again = name in STACKS or stems.index(re.sub(r"\d+$", "", name)) < BUILTIN.index(name)
-    return ("llama", "opt") if again else tuple(tiny.FAMILIES)
+    others = [family for family in tiny.FAMILIES if family not in ("llama", "opt")]
+    return ("llama", "opt") if again else ("llama", "opt", others[BUILTIN.index(name) % len(others)])
 
 
 @pytest.mark.parametrize("name", [*BUILTIN, *STACKS])
 def test_a_builtin_method_passes_every_check(name: str) -> None:
+    _passes(name, _families(name))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [*BUILTIN, *STACKS])
+def test_a_builtin_method_passes_every_check_on_every_family(name: str) -> None:
+    _passes(name, tuple(tiny.FAMILIES))
+
+
+def _passes(name: str, families: tuple[str, ...]) -> None:
     try:
         Recipe.parse(name).plan(tiny.anatomy("llama"), Budget(metric="none"))
     except MissingExtra as missing:
         pytest.skip(str(missing))
-    examination = examine(Subject(name), _families(name))
+    examination = examine(Subject(name), families)
     offences = {f.check.name: f.details for f in examination.findings if f.status == "failed"}
     assert not offences
     assert sum(f.status == "passed" for f in examination.findings) >= len(examination.findings) - 4
