@@ -77,27 +77,39 @@ def product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tens
     """
     x, packed, scales = x.contiguous(), matrix.packed, matrix.scales
     zeros = None if matrix.symmetric else matrix.zeros
-    out = _result(x, matrix.rows)
+    out = _result(x, matrix, x.dtype)
     _use_threads_of_torch()
     sizes = x.numel() // matrix.columns, matrix.rows, matrix.columns, scales.shape[1]
     kernel = _kernel(matrix.bits, matrix.grid == "normal-float")
-    kernel(*sizes, packed.data_ptr(), *_stored(out, x, scales, zeros, bias))
+    kernel(*sizes, _address(packed), *_stored(out, x, scales, zeros, bias))
     return out.to(x.dtype)
 
 
-def _result(x: Tensor, rows: int) -> Tensor:
+def _result(x: Tensor, matrix: PackedMatrix | SparseMatrix, dtype: torch.dtype) -> Tensor:
     """What a kernel writes to. A float16 has fewer exponents as well, so torch makes them of float32."""
-    return torch.empty(*x.shape[:-1], rows, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+    if x.shape[-1] != matrix.columns:
+        raise RuntimeError(
+            f"activations of {x.shape[-1]} features meet a matrix of {matrix.columns} columns."
+        )
+    written = torch.float32 if dtype == torch.float16 else dtype
+    return torch.empty(*x.shape[:-1], matrix.rows, dtype=written)
 
 
-def _stored(*tensors: Tensor | None) -> list[int]:
-    """Where each tensor starts in memory and what its numbers are, one after the other.
+def _address(tensor: Tensor) -> int:
+    """Where a tensor starts in memory.
 
     Kernels get addresses: for a small matrix, making arrays of tensors takes longer than the product.
     """
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        raise RuntimeError(f"kernels of a processor read its own memory, in order; this is {tensor.device}.")
+    return tensor.data_ptr()
+
+
+def _stored(*tensors: Tensor | None) -> list[int]:
+    """The address of each tensor and what its numbers are, one after the other."""
     stored: list[int] = []
     for tensor in tensors:
-        stored += (0, _NOT_STORED) if tensor is None else (tensor.data_ptr(), _STORED_AS[tensor.dtype])
+        stored += (0, _NOT_STORED) if tensor is None else (_address(tensor), _STORED_AS[tensor.dtype])
     return stored
 
 
@@ -142,10 +154,10 @@ def dequantize(
 def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """The product of `suite.kernels.integer_product`, to the bit: from `x` (tokens × columns) to float32."""
     x, packed, scales = x.contiguous(), matrix.packed, matrix.scales
-    out = torch.empty(len(x), matrix.rows)
+    out = _result(x, matrix, torch.float32)
     _use_threads_of_torch()
     sizes = len(x), matrix.rows, matrix.columns
-    _sum_integers(*sizes, packed.data_ptr(), out.data_ptr(), *_stored(x, scales))
+    _sum_integers(*sizes, _address(packed), _address(out), *_stored(x, scales))
     return out
 
 
@@ -158,9 +170,9 @@ def can_read(matrix: SparseMatrix) -> bool:
 def sparse_product(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None) -> Tensor:
     """`x @ Wᵀ + bias` (… × rows, in the dtype of `x`) for `x` (… × columns), summed in float32."""
     x, kept = x.contiguous(), matrix.kept
-    out = _result(x, matrix.rows)
+    out = _result(x, matrix, x.dtype)
     _use_threads_of_torch()
-    sizes = x.numel() // matrix.columns, matrix.rows, matrix.columns
+    sizes = x.numel() // matrix.columns, matrix.rows, matrix.columns, kept.numel()
     _multiply_sparse(*sizes, *_index_of(matrix), *_stored(out, x, kept, bias))
     return out.to(x.dtype)
 
@@ -183,7 +195,7 @@ def dense(matrix: SparseMatrix) -> Tensor:
 def _index_of(matrix: SparseMatrix) -> tuple[Any, ...]:
     """Where the index starts in memory, kept weights per row where all have as many, and its tables."""
     per_row = matrix.columns // 2 if matrix.index_format == "2:4" else 0
-    return matrix.index.data_ptr(), per_row, *_bytes_of(matrix.index_format)
+    return _address(matrix.index), per_row, *_bytes_of(matrix.index_format)
 
 
 @functools.cache
@@ -565,7 +577,8 @@ def _make_dense(out: Any, kept: Any, index_at: Any, per_row: Any, of_bytes: Any,
             for column in range(columns):
                 into[column] = 0
             for nonzero in range(len(values)):
-                into[places[nonzero]] = values[nonzero]
+                if places[nonzero] < columns:  # in a damaged index more may be
+                    into[places[nonzero]] = values[nonzero]
 
 
 @_compiled
@@ -573,6 +586,7 @@ def _multiply_sparse(
     tokens: Any,
     rows: Any,
     columns: Any,
+    nonzeros: Any,
     index_at: Any,
     per_row: Any,
     of_bytes: Any,
@@ -590,8 +604,12 @@ def _multiply_sparse(
     index = _array(index_at, (rows, width), np.uint8)
     starts = np.empty(rows + 1, np.int64)
     _start(starts, index, per_row, counts)
-    numbers = np.empty((tokens, columns), np.float32)
-    _load(numbers.ravel(), x, 0, x_as)
+    # As wide as its bits, so that a damaged index leads nowhere else.
+    numbers = np.empty((tokens, 8 * width), np.float32)
+    for token in range(tokens):
+        _load(numbers[token, :columns], x, token * columns, x_as)
+        for column in range(columns, 8 * width):
+            numbers[token, column] = 0
     nothing = float32(0)
     for column in range(columns):  # infinity times a pruned weight is no number
         nothing += numbers[0, column] * float32(0)
@@ -601,10 +619,10 @@ def _multiply_sparse(
         added = np.empty(here, np.float32)
         _load(added, bias, first, bias_as)
         places = np.empty(8 * width + 8, np.uint16)
-        values, weights = np.empty(columns, np.float32), np.empty(columns, np.float32)
+        values, weights = np.empty(8 * width, np.float32), np.empty(8 * width, np.float32)
         for row in range(here):
             _place(places, index[first + row], of_bytes, counts)
-            found = starts[first + row + 1] - starts[first + row]
+            found = max(0, min(starts[first + row + 1], nonzeros) - starts[first + row])
             _load(values[:found], kept, starts[first + row], kept_as)
             if tokens == 1:
                 total, mine = added[row] + nothing, numbers[0]
@@ -612,7 +630,7 @@ def _multiply_sparse(
                     total += values[nonzero] * mine[places[nonzero]]
                 _store(out, first + row, out_as, total)
                 continue
-            for column in range(columns):
+            for column in range(8 * width):
                 weights[column] = 0
             for nonzero in range(found):
                 weights[places[nonzero]] = values[nonzero]

@@ -158,6 +158,15 @@ def test_scales_at_the_ends_of_float16_are_read_as_they_are() -> None:
     assert not found[5].isfinite()
 
 
+def test_what_does_not_fit_a_kernel_or_lies_elsewhere_is_refused() -> None:
+    matrix = packed(10, 64, 8, 64, True, torch.float32)
+    for product in (numba_kernels.product, numba_kernels.integer_product):
+        with pytest.raises(RuntimeError, match="128 features meet a matrix of 64 columns"):
+            product(torch.ones(1, 128), matrix)
+        with pytest.raises(RuntimeError, match="this is meta"):
+            product(torch.ones(1, 64), copy.deepcopy(matrix).to("meta"))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_the_kernel_takes_as_many_threads_as_torch_or_as_there_are(threads: int) -> None:
     before = torch.get_num_threads()

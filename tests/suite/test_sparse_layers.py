@@ -236,6 +236,19 @@ def test_a_large_matrix_is_made_dense_by_a_kernel_where_no_gradients_are_wanted(
     assert called == [sparse]
 
 
+@pytest.mark.parametrize("columns", [64, 61])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_index_that_keeps_more_than_there_is_leads_out_of_no_tensor(columns: int, tokens: int) -> None:
+    sparse, _ = made(nn.Linear(columns, 32), SparseLinear)
+    sparse.index.fill_(255)
+    x = torch.ones(tokens, columns)
+    with torch.no_grad():
+        dense = numba_kernels.dense(sparse)
+        found = numba_kernels.sparse_product(x, sparse, sparse.bias)
+        torch.testing.assert_close(found, nn.functional.linear(x, dense, sparse.bias))
+    assert 0 < int((dense != 0).sum()) <= sparse.nonzeros
+
+
 def test_what_no_kernel_takes_is_made_dense() -> None:
     sparse, _ = made(nn.Linear(64, 32, dtype=torch.float64), SparseLinear)
     assert kernels.sparse_paths(sparse, 1) == {}
