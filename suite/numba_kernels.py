@@ -206,7 +206,7 @@ def _bytes_of(index_format: IndexFormat) -> tuple[Any, Any]:
     """
     kept = places_by_byte(index_format, torch.device("cpu")).view(torch.uint8).reshape(256, 8)
     places = kept.argsort(dim=1, descending=True, stable=True).short()
-    return places.view(torch.uint64).numpy(), kept.sum(1).numpy()
+    return places.view(torch.uint64).numpy().copy(), kept.sum(1).numpy().copy()
 
 
 def _use_threads_of_torch() -> None:
@@ -386,28 +386,33 @@ def _sum_integers(
                     _write(out, token * rows + first + row + beside, total)
 
 
+@njit(fastmath=_ANY_ORDER)
+def _arrange(values: Any, sums: Any, x: Any, token: Any, x_as: Any, factors: Any) -> None:
+    """The activations of a token: in the order of the codes, and the sum of each group."""
+    line = np.empty(values.size, np.float32)
+    _load(line, x, token * len(line), x_as)
+    group_size = len(line) // len(sums)
+    for group in range(len(sums)):
+        total = float32(0)
+        for column in range(group * group_size, (group + 1) * group_size):
+            total += line[column]
+        sums[group] = total
+    codes, units = values.shape
+    for place in range(codes):
+        for unit in range(units):
+            values[place, unit] = line[codes * unit + place] * factors[place]
+
+
 @functools.cache
 def _kernel(bits: int, normal_float: bool) -> Any:
-    """The compiled product; `bits` and what follows from them are constants to the compiler."""
+    """The compiled product; `bits` and what follows from them are constants to the compiler.
+
+    No compiled function may be among those constants: Numba would find what is on disk in no other process.
+    """
     codes = codes_in_unit(bits)
     costly = bits == 3 or normal_float  # to read a code, so that several tokens share what was read
     fixed_zero = np.float32(0 if normal_float else 1 << (bits - 1))
     factors = _factors(bits, normal_float)
-
-    @njit(fastmath=_ANY_ORDER)
-    def arrange(values: Any, sums: Any, x: Any, token: Any, x_as: Any) -> None:
-        """The activations of a token: in the order of the codes, and the sum of each group."""
-        line = np.empty(values.size, np.float32)
-        _load(line, x, token * len(line), x_as)
-        group_size = len(line) // len(sums)
-        for group in range(len(sums)):
-            total = float32(0)
-            for column in range(group * group_size, (group + 1) * group_size):
-                total += line[column]
-            sums[group] = total
-        for place in range(codes):
-            for unit in range(values.shape[1]):
-                values[place, unit] = line[codes * unit + place] * factors[place]
 
     @_compiled
     def fill(
@@ -436,7 +441,7 @@ def _kernel(bits: int, normal_float: bool) -> Any:
         values = np.empty((tokens, codes, units), np.float32)
         sums = np.empty((tokens, groups), np.float32)
         for token in range(tokens):
-            arrange(values[token], sums[token], x, token, x_as)
+            _arrange(values[token], sums[token], x, token, x_as, factors)
         for part in prange((rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE):
             first = part * _ROWS_AT_ONCE
             here = min(rows - first, _ROWS_AT_ONCE)

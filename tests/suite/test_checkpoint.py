@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from suite import checkpoint
+from suite import checkpoint, kernels
 from suite.conformance import tiny
 from suite.errors import InputError
 from suite.layers import ModuleSpec
@@ -235,18 +235,19 @@ def test_a_fresh_process_reads_the_same_model(tmp_path: Path) -> None:
     checkpoint.save(model, None, tmp_path)
     script = """
 import hashlib, sys, torch
-import suite
+from suite import kernels
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.inference_mode():
+with torch.inference_mode(), kernels.reference():
     logits = model(torch.arange(24).reshape(2, 12), use_cache=False).logits
 print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    logits = tiny.logits_of(model, torch.arange(24).reshape(2, 12))
+    with kernels.reference():
+        logits = tiny.logits_of(model, torch.arange(24).reshape(2, 12))
     assert done.stdout.split()[-1] == hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
 

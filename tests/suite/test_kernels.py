@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -208,6 +210,34 @@ print(torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    script = """
+import torch
+from torch import nn
+from suite import numba_kernels
+from suite.packed_layers import PackedLinear
+from suite.sparse_layers import SparseLinear
+matrix, sparse, x = PackedLinear(64, 9, 2, 32), SparseLinear(64, 9, 3), torch.ones(1, 64)
+with torch.no_grad():
+    numba_kernels.product(x, matrix)
+    numba_kernels.integer_product(x, PackedLinear(64, 9, 8, 64))
+    numba_kernels.sparse_product(x, sparse)
+    numba_kernels.dense(sparse)
+    numba_kernels.dequantize(matrix, torch.float32, matrix.packed, matrix.scales, None)
+used = [numba_kernels._kernel(2, False), numba_kernels._rebuilding_kernel(2, False, 0),
+        numba_kernels._sum_integers, numba_kernels._multiply_sparse, numba_kernels._make_dense]
+print([sum(kernel.stats.cache_misses.values()) for kernel in used])
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
+    )
+    assert first.stdout.strip() == "[1, 1, 1, 1, 1]"
+    assert second.stdout.strip() == "[0, 0, 0, 0, 0]"
 
 
 def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(
