@@ -2,7 +2,8 @@
 
 They read the bytes as a checkpoint holds them. Products make a row of the matrix dense at most: codes
 become numbers in registers. Matrices that are rebuilt whole equal torch's bit for bit. Compiled once per
-format and processor, and kept on disk beside this file.
+format and processor, and kept on disk beside this file. Of what a kernel calls, Numba notices a change
+only if it stands in the same file: that is why all are in this one.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def dequantize(
 
 def integer_product(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """The product of `suite.kernels.integer_product`, to the bit: from `x` (tokens × columns) to float32."""
-    x, packed, scales = x.contiguous(), matrix.packed, matrix.scales
+    x = (x if x.dtype in _BITS_LESS else x.float()).contiguous()
+    packed, scales = matrix.packed, matrix.scales
     out = _result(x, matrix, torch.float32)
     _use_threads_of_torch()
     sizes = len(x), matrix.rows, matrix.columns

@@ -103,9 +103,11 @@ def test_gradients_are_those_of_the_product_with_dequantized_weights() -> None:
     torch.testing.assert_close(layer(x), without)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layer", [DynamicInt8Linear, OutlierInt8Linear])
-def test_half_precision_comes_out_as_it_went_in(layer: type[DynamicInt8Linear], dtype: torch.dtype) -> None:
+def test_another_precision_comes_out_as_it_went_in(
+    layer: type[DynamicInt8Linear], dtype: torch.dtype
+) -> None:
     module = layer.holding(linear_of(48, 20).to(dtype))
     x = (8 * random(3, 48)).to(dtype)
     got = module(x)
