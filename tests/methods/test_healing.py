@@ -26,9 +26,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHIN_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=needs_peft)])
+FULL = [(family, "full") for family in tiny.FAMILIES]
+LORA = [pytest.param(family, "lora", marks=needs_peft) for family in ("llama", "opt")]
+
+
+@pytest.mark.parametrize(("family", "mode"), [*FULL, *LORA])
 @pytest.mark.parametrize("before", ["layerchop", "svd", "slicegpt", "tensor-network(sites=3)"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_healing_moves_logits_and_no_shape(family: str, before: str, mode: str) -> None:
     plain, healed = tiny.build(family), tiny.build(family)
     tiny.compress(plain, before, "params=0.8")

@@ -349,7 +349,7 @@ def test_workers_do_not_outlive_a_run_that_is_asked_to_end(
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{heeded}; from suite.cli import main; main()", "run", "--model", tiny]
     command += ["--recipe", "waits", "--budget", "params=0.9", "--protocol", str(protocol)]
-    command += ["--results", str(tmp_path / "results"), "--plugin", plugin]
+    command += ["--results", str(tmp_path / "results"), "--plugin", plugin, "--jobs", "2"]
     run = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
