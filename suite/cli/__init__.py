@@ -43,4 +43,8 @@ def main() -> None:
     """Entry point of the `weighin` command."""
     # Asked to end, as by tox or a batch system, it stops as after Ctrl-C: workers do not outlive it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
+    try:
+        app()
+    finally:  # all is said; what a second request would interrupt is the interpreter tidying up
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -330,6 +330,21 @@ print(*({spared} & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == ""
 
 
+@pytest.mark.parametrize("request_to_end", ["SIGINT", "SIGTERM"])
+def test_a_second_request_to_end_shows_no_traceback(request_to_end: str) -> None:
+    """As tox sends one, while the interpreter is already tidying up."""
+    script = f"""
+import atexit, os, signal, sys
+from suite.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.{request_to_end})
+sys.argv[1:] = ["--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def _ctrl_c(run: subprocess.Popen[str]) -> None:
     """As a terminal does it: to the command, its fork server and its workers alike."""
     os.killpg(run.pid, signal.SIGINT)
