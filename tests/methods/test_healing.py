@@ -28,9 +28,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FULL = [(family, "full") for family in tiny.FAMILIES]
 LORA = [pytest.param(family, "lora", marks=needs_peft) for family in ("llama", "opt")]
+REST = [
+    pytest.param(family, "lora", marks=[needs_peft, pytest.mark.exhaustive])
+    for family in tiny.FAMILIES
+    if family not in ("llama", "opt")
+]
 
 
-@pytest.mark.parametrize(("family", "mode"), [*FULL, *LORA])
+@pytest.mark.parametrize(("family", "mode"), [*FULL, *LORA, *REST])
 @pytest.mark.parametrize("before", ["layerchop", "svd", "slicegpt", "tensor-network(sites=3)"])
 def test_healing_moves_logits_and_no_shape(family: str, before: str, mode: str) -> None:
     plain, healed = tiny.build(family), tiny.build(family)

@@ -219,7 +219,9 @@ def test_accuracy_intervals_hold_as_often_as_they_say(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("differing", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "differing", [0, 1, 2, 3, 5, 8, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (4, 6, 7))]
+)
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_intervals_hold_when_few_items_differ(
     real: dict[str, pd.DataFrame], differing: int, both_ways: bool
