@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from suite.models.anatomy import Anatomy
 from suite.recipe import Recipe, RecipePlan
 from suite.registry import load_plugin, origin
 from suite.run import audit
-from suite.run.processes import process_context
+from suite.run.processes import running
 from suite.run.worker import seed_everything
 from suite.seal import sealed
 from suite.specs import Budget
@@ -352,31 +351,19 @@ def _in_process(step: Callable[..., Any], desk: Desk, *arguments: Any) -> Any:
     Raises:
         WeighinError: the process died or took too long.
     """
-    context = process_context()
-    receiver, sender = context.Pipe(duplex=False)
-    with _starting:
-        process = context.Process(target=_child, args=(step, desk, arguments, sender), daemon=True)
-        process.start()
-        sender.close()
-    try:
+    with running(_child, step, desk, arguments) as (process, receiver):
         if not receiver.poll(TIMEOUT):
             raise WeighinError(f"{desk.subject.recipe}: the checks took longer than {TIMEOUT:g} s")
-        kind, content = receiver.recv()
-    except EOFError:
-        process.join()
-        raise WeighinError(
-            f"{desk.subject.recipe}: the process of the checks ended with exit code {process.exitcode}"
-        ) from None
-    finally:
-        process.kill()  # nothing is left to do there, and tidying up takes it a second
-        process.join()
-        receiver.close()
+        try:
+            kind, content = receiver.recv()
+        except EOFError:
+            process.join()
+            raise WeighinError(
+                f"{desk.subject.recipe}: the process of the checks ended with exit code {process.exitcode}"
+            ) from None
     if kind == "error":
         raise WeighinError(content)
     return content
-
-
-_starting = threading.Lock()
 
 
 def _child(step: Callable[..., Any], desk: Desk, arguments: tuple[Any, ...], pipe: Connection) -> None:

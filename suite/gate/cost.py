@@ -19,7 +19,7 @@ from suite.measure.memory import peak_memory, resident_memory
 from suite.models import load
 from suite.records import Memory, Throughput
 from suite.registry import load_plugin
-from suite.run.processes import process_context
+from suite.run.processes import running
 from suite.specs import SpeedSpec
 
 SPEED_ROUNDS = 15
@@ -63,26 +63,19 @@ def measure_memory(source: load.Source, device: str, spec: SpeedSpec, plugins: S
     Raises:
         InputError: the process failed.
     """
-    context = process_context()
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, source.location, device, spec, torch.get_num_threads(), tuple(plugins))
-    process = context.Process(target=_memory_worker, args=arguments, daemon=True)
-    process.start()
-    sender.close()
-    try:
-        found: Any = receiver.recv()
-    except EOFError:
-        found = "the process was killed (out of memory?)"
-    finally:
-        process.join()
-        receiver.close()
+    arguments = (source.location, device, spec, torch.get_num_threads(), tuple(plugins))
+    with running(_memory_worker, *arguments) as (_, receiver):
+        try:
+            found: Any = receiver.recv()
+        except EOFError:
+            found = "the process was killed (out of memory?)"
     if not isinstance(found, Memory):
         raise InputError(f"the memory of '{source.name}' cannot be measured: {found}.")
     return found
 
 
 def _memory_worker(
-    pipe: Connection, location: str, device: str, spec: SpeedSpec, threads: int, plugins: tuple[str, ...]
+    location: str, device: str, spec: SpeedSpec, threads: int, plugins: tuple[str, ...], pipe: Connection
 ) -> None:
     torch.set_num_threads(threads)
     try:

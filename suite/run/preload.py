@@ -3,8 +3,9 @@
 import signal
 import threading
 
-# A Ctrl-C reaches every process of the terminal; the runner alone answers, and ends its workers.
+# The fork server outlives a Ctrl-C in the terminal and a batch system's SIGTERM, as its workers do.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 from tqdm import tqdm  # noqa: E402
 

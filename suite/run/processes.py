@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,50 @@ class WorkerFailed(WeighinError):
     """A process gave no answer; the message says why."""
 
 
-def process_context() -> Any:
-    """Fresh processes. With a fork server the libraries are imported once, not once per process."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["suite.run.preload"])
-    return context
+@contextmanager
+def running(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A fresh process that runs `target(*arguments, pipe)`, and where its pipe is heard; killed at the end.
+
+    With a fork server the libraries are imported once, not once per process.
+    """
+    forking = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forking else "spawn")
+    if forking:
+        context.set_forkserver_preload(["suite.run.preload"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(target, *arguments, sender), daemon=True)
+    try:
+        with _starting:
+            process.start()
+        sender.close()
+        yield process, receiver
+    finally:
+        if process.pid is not None:
+            process.kill()  # nothing is left to do there, and tidying up takes it a second
+            process.join()
+        receiver.close()
+
+
+_starting = threading.Lock()
+
+
+def _run(target: Callable[..., None], *arguments: Any) -> None:
+    """What each such process does."""
+    # Ctrl-C and a batch system's SIGTERM reach every process: the parent alone answers, and kills this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Under "forkserver", taken for a fork, Numba makes a semaphore that a killed process would leak.
+    multiprocessing.set_start_method("spawn", force=True)
+    target(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its processes, and there is nobody left to hear them."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def supervised(
@@ -40,13 +81,8 @@ def supervised(
     Raises:
         WorkerFailed: it sent an error, or ended without a word.
     """
-    context = process_context()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(*arguments, sender), daemon=True)
-    process.start()
-    sender.close()
-    started(process.pid)
-    try:
+    with running(target, *arguments) as (process, receiver):
+        started(process.pid)
         while not is_over():
             if not receiver.poll(0.1):
                 continue
@@ -60,10 +96,7 @@ def supervised(
             if kind == "error":
                 raise WorkerFailed(str(content))
             hear(kind, content)
-        return None
-    finally:
-        _end_process(process)
-        receiver.close()
+    return None
 
 
 def _describe_death(process: BaseProcess, log: Path) -> str:
@@ -76,14 +109,3 @@ def _describe_death(process: BaseProcess, log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     last = f": {lines[-1]}" if lines else ""
     return f"the worker ended with exit code {code}{last}"
-
-
-def _end_process(process: BaseProcess) -> None:
-    """Give a process a moment to leave by itself, then make it."""
-    process.join(0.5)
-    if process.is_alive():
-        process.terminate()
-        process.join(2)
-    if process.is_alive():
-        process.kill()
-        process.join()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 import sys
 import time
 import traceback
@@ -247,7 +246,6 @@ def seed_everything(seed: int) -> None:
 
 def work(step: Callable[[Job, Reporter], dict[str, Any]], job: Job, pipe: Connection) -> None:
     """Entry point of a worker process: run one half of a cell and send back what it returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
